@@ -1,0 +1,141 @@
+// Building and updating the index buffer of a Topology (csrc/common/index.h). Always on the CPU,
+// always into a fresh buffer: the caller swaps it in when everything has gone well.
+#include <algorithm>
+#include <vector>
+
+#include "../common/check.h"
+#include "../common/index.h"
+
+namespace sparse_kernels {
+namespace {
+
+// Row segments of every column tile, shortest first (stable, so the order is a function of the
+// topology alone). Counting sort by length: O(n + rows * tiles).
+void fill_plan(PlanView<int32_t> plan, const int32_t* ptr, const int32_t* idx, int64_t rows) {
+  const PlanShape& shape = plan.shape;
+  const int64_t width = shape.width;
+  std::vector<std::vector<Segment>> tiles(shape.tiles);
+  for (int64_t row = 0; row < rows; ++row) {
+    int32_t at = ptr[row];
+    const int32_t end = ptr[row + 1];
+    while (at < end) {
+      const int64_t tile = idx[at] / width;
+      const int64_t limit = (tile + 1) * width;
+      const int32_t begin = at;
+      while (at < end && idx[at] < limit) ++at;
+      tiles[tile].push_back({static_cast<int32_t>(row), begin, at});
+    }
+  }
+  int32_t written = 0;
+  std::vector<int32_t> start(width + 2);
+  for (int64_t tile = 0; tile < shape.tiles; ++tile) {
+    plan.tile_ptr[tile] = written;
+    std::fill(start.begin(), start.end(), 0);
+    for (const Segment& s : tiles[tile]) ++start[s.end - s.begin + 1];
+    for (int64_t length = 1; length < width + 2; ++length) start[length] += start[length - 1];
+    for (const Segment& s : tiles[tile]) {
+      int32_t* slot = plan.segments + 3 * (written + start[s.end - s.begin]++);
+      slot[0] = s.row, slot[1] = s.begin, slot[2] = s.end;
+    }
+    written += static_cast<int32_t>(tiles[tile].size());
+  }
+  plan.tile_ptr[shape.tiles] = written;
+  std::fill(plan.segments + 3 * written, plan.segments + 3 * shape.capacity, 0);
+}
+
+// Everything of the buffer from sorted, distinct positions.
+void fill_index(int32_t* base, IndexShape shape, const int64_t* positions) {
+  IndexView<int32_t> view(base, shape);
+  const int64_t n = shape.n, columns = shape.groups * shape.cols;
+  const int64_t rows_per_group = std::max<int64_t>(1, shape.rows / shape.groups);
+  std::fill(view.row_ptr, view.row_ptr + shape.rows + 1, 0);
+  std::fill(view.col_ptr, view.col_ptr + columns + 1, 0);
+
+  std::vector<int32_t> row_of(n), column_of(n);
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t row = positions[i] / shape.cols, col = positions[i] % shape.cols;
+    const int64_t column = row / rows_per_group * shape.cols + col;
+    row_of[i] = static_cast<int32_t>(row);
+    column_of[i] = static_cast<int32_t>(column);
+    view.col_idx[i] = static_cast<int32_t>(col);
+    ++view.row_ptr[row + 1];
+    ++view.col_ptr[column + 1];
+  }
+  for (int64_t r = 0; r < shape.rows; ++r) view.row_ptr[r + 1] += view.row_ptr[r];
+  for (int64_t c = 0; c < columns; ++c) view.col_ptr[c + 1] += view.col_ptr[c];
+
+  std::vector<int32_t> next(view.col_ptr, view.col_ptr + columns);
+  for (int64_t i = 0; i < n; ++i) {
+    const int32_t slot = next[column_of[i]]++;
+    view.row_idx[slot] = row_of[i];
+    view.perm[slot] = static_cast<int32_t>(i);
+  }
+  if (shape.planned) {
+    fill_plan(view.row_plan, view.row_ptr, view.col_idx, shape.rows);
+    fill_plan(view.col_plan, view.col_ptr, view.row_idx, columns);
+  }
+}
+
+Tensor build(const Tensor& positions, IndexShape shape) {
+  Tensor index = new_empty(positions, {shape.size()}, ScalarType::Int);
+  fill_index(index.mutable_data_ptr<int32_t>(), shape, positions.const_data_ptr<int64_t>());
+  return index;
+}
+
+}  // namespace
+
+Tensor index_build(const Tensor& positions, int64_t rows, int64_t cols, int64_t groups, bool planned) {
+  check_cpu(positions, "positions");
+  check_dtype(positions, ScalarType::Long, "positions");
+  return build(positions, {rows, cols, groups, positions.numel(), planned});
+}
+
+std::tuple<Tensor, Tensor> index_update(const Tensor& index, int64_t n, int64_t rows, int64_t cols,
+                                        int64_t groups, bool planned, const Tensor& drop,
+                                        const Tensor& grow) {
+  for (const Tensor* t : {&drop, &grow}) {
+    check_cpu(*t, "drop and grow");
+    check_dtype(*t, ScalarType::Long, "drop and grow");
+  }
+  check_cpu(index, "index");
+  const IndexShape shape{rows, cols, groups, n, planned};
+  check_size(index, 0, shape.size(), "index");
+  const IndexView<const int32_t> view(index.const_data_ptr<int32_t>(), shape);
+  const int64_t k = drop.numel(), total = rows * cols;
+  const int64_t *d = drop.const_data_ptr<int64_t>(), *g = grow.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < k; ++i) {
+    STD_TORCH_CHECK(d[i] >= 0 && d[i] < n, "drop holds ", d[i], ", out of range [0, ", n, ")");
+    STD_TORCH_CHECK(i == 0 || d[i] != d[i - 1], "drop holds ", d[i], " more than once");
+    STD_TORCH_CHECK(g[i] >= 0 && g[i] < total, "grow holds position ", g[i], ", out of range [0, ",
+                    total, ")");
+    STD_TORCH_CHECK(i == 0 || g[i] != g[i - 1], "grow holds position ", g[i], " more than once");
+  }
+
+  // Merge the survivors, which are in order already, with the grown positions.
+  Tensor positions = new_empty(drop, {n}, ScalarType::Long);
+  Tensor source = new_empty(drop, {n}, ScalarType::Long);
+  int64_t *out = positions.mutable_data_ptr<int64_t>(), *from = source.mutable_data_ptr<int64_t>();
+  int64_t di = 0, gi = 0, o = 0, i = 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    for (; i < view.row_ptr[row + 1]; ++i) {
+      if (di < k && d[di] == i) {
+        ++di;
+        continue;
+      }
+      const int64_t position = row * cols + view.col_idx[i];
+      while (gi < k && g[gi] < position) out[o] = g[gi++], from[o++] = -1;
+      STD_TORCH_CHECK(gi == k || g[gi] != position, "grow holds position ", position,
+                      ", which is active and not dropped");
+      out[o] = position, from[o++] = i;
+    }
+  }
+  while (gi < k) out[o] = g[gi++], from[o++] = -1;
+  return {build(positions, shape), source};
+}
+
+}  // namespace sparse_kernels
+
+STABLE_TORCH_LIBRARY_IMPL(sparse_kernels, CPU, m) {
+  m.impl("index_build", TORCH_BOX(&sparse_kernels::index_build));
+  m.impl("index_update", TORCH_BOX(&sparse_kernels::index_update));
+}

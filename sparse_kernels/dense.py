@@ -1,0 +1,145 @@
+"""The "dense" backend: the weight scattered into a dense scratch, the dense library's products.
+
+Worth it at high density only. The gradient of the values is sampled from stripes of the dense one, so
+that no gradient of the dense size is kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from .topology import Topology
+
+_STRIPE_ELEMENTS = 1 << 20  # of the dense gradient held at a time (4 MiB in float32)
+
+
+def stripes(topology: Topology) -> list[tuple[int, int]]:
+    """Ranges of block rows whose dense gradient is about `_STRIPE_ELEMENTS`; none crosses a group."""
+    row = max(1, topology.cols * topology.block_numel)
+    step = max(1, _STRIPE_ELEMENTS // row)
+    per_group = topology.rows // topology.groups
+    return [
+        (begin, min(begin + step, (g + 1) * per_group))
+        for g in range(topology.groups)
+        for begin in range(g * per_group, (g + 1) * per_group, step)
+    ]
+
+
+def linear_stripe(x: Tensor, dy: Tensor, topology: Topology, begin: int, end: int) -> Tensor:
+    """Rows of the dense weight gradient for block rows `begin:end`: `[(end - begin) * b_out, in]`."""
+    b_out = topology.block_size[0]
+    return dy[:, begin * b_out : end * b_out].t() @ x
+
+
+def conv2d_stripe(
+    x: Tensor,
+    dy: Tensor,
+    topology: Topology,
+    begin: int,
+    end: int,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> Tensor:
+    """The same for a convolution: `[(end - begin) * b_out, in/groups, kh, kw]`."""
+    b_out, channels = topology.block_size[0], topology.shape[1]
+    group = begin // max(1, topology.rows // groups)
+    x = x[:, group * channels : (group + 1) * channels]
+    dy = dy[:, begin * b_out : end * b_out]
+    weight = x.new_empty(()).expand(dy.shape[1], *topology.shape[1:])
+    conf = (list(stride), list(padding), list(dilation), False, [0, 0], 1, [False, True, False])
+    return torch.ops.aten.convolution_backward(dy, x, weight, None, *conf)[1]
+
+
+def stripe_to_blocks(gradient: Tensor, topology: Topology) -> Tensor:
+    """A stripe of the dense gradient as blocks: `[block rows, cols, b_out, b_in]`."""
+    b_out, b_in = topology.block_size
+    rows, inner = gradient.shape[0] // b_out, topology.shape[1] // b_in
+    parts = gradient.reshape(rows, b_out, inner, b_in, topology.taps)
+    return parts.permute(0, 2, 4, 1, 3).reshape(rows, topology.cols, b_out, b_in)
+
+
+def _sampled(topology: Topology, like: Tensor, stripe: Any) -> Tensor:
+    """Gradient of the values, sampled stripe by stripe from `stripe(begin, end)`."""
+    positions, ptr = topology.positions(), topology.row_ptr.tolist()
+    blocks = like.new_empty(topology.n_blocks, *topology.block_size)
+    for begin, end in stripes(topology):
+        low, high = ptr[begin], ptr[end]
+        if low < high:
+            part = stripe_to_blocks(stripe(begin, end), topology).flatten(0, 1)
+            blocks[low:high] = part[positions[low:high] - begin * topology.cols]
+    return blocks.reshape(like.shape)
+
+
+class _DenseLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, index: Tensor, topology: Topology
+    ) -> Tensor:
+        ctx.save_for_backward(x, values, index)
+        ctx.topology = topology
+        return F.linear(x, topology.to_dense(values), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, values, _ = ctx.saved_tensors
+        topology: Topology = ctx.topology
+        need_x, need_values, need_bias = ctx.needs_input_grad[:3]
+        dx = dy @ topology.to_dense(values) if need_x else None
+        dvalues = (
+            _sampled(topology, values, lambda b, e: linear_stripe(x, dy, topology, b, e))
+            if need_values
+            else None
+        )
+        return dx, dvalues, dy.sum(0) if need_bias else None, None, None
+
+
+class _DenseConv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        values: Tensor,
+        bias: Tensor | None,
+        index: Tensor,
+        topology: Topology,
+        *conf: Any,
+    ) -> Tensor:
+        ctx.save_for_backward(x, values, index)
+        ctx.topology, ctx.conf = topology, conf
+        return F.conv2d(x, topology.to_dense(values), bias, *conf)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, values, _ = ctx.saved_tensors
+        topology: Topology = ctx.topology
+        need_x, need_values, need_bias = ctx.needs_input_grad[:3]
+        stride, padding, dilation, groups = ctx.conf
+        dx = dvalues = None
+        if need_x:
+            conf = ([*stride], [*padding], [*dilation], False, [0, 0], groups, [True, False, False])
+            dx = torch.ops.aten.convolution_backward(dy, x, topology.to_dense(values), None, *conf)[0]
+        if need_values:
+            dvalues = _sampled(
+                topology, values, lambda b, e: conv2d_stripe(x, dy, topology, b, e, *ctx.conf)
+            )
+        dbias = dy.sum((0, 2, 3)) if need_bias else None
+        return dx, dvalues, dbias, None, None, *(None for _ in ctx.conf)
+
+
+def linear(x: Tensor, values: Tensor, topology: Topology, bias: Tensor | None) -> Tensor:
+    """`functional.linear` on `[tokens, in]` through the dense library."""
+    return _DenseLinear.apply(x, values, bias, topology.index, topology)
+
+
+def conv2d(x: Tensor, values: Tensor, topology: Topology, bias: Tensor | None, *conf: Any) -> Tensor:
+    """`functional.conv2d` on `[n, c, h, w]` through the dense library; `conf` is stride, padding, dilation, groups."""
+    return _DenseConv2d.apply(x, values, bias, topology.index, topology, *conf)

@@ -1,0 +1,299 @@
+"""Differentiable products with a sparse weight. All three products (output, input gradient, weight
+gradient) touch active weights only.
+
+The way through: a public function here checks its arguments and casts under autocast, `backend.select`
+chooses the implementation, an `autograd.Function` calls the operator (`_ops`), whose kernel gets raw
+pointers. The Function stands outside the operator, and is skipped when nothing needs a gradient.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from . import _ops, dense, reference
+from .backend import select
+from .topology import Topology
+
+if TYPE_CHECKING:
+    from .growth import GrowthScorer
+
+_NATIVE = (torch.float32, torch.float64)  # dtypes that the CPU kernels compute in; others go through float32
+_Pair = tuple[int, int]
+
+
+def linear(x: Tensor, values: Tensor, topology: Topology, bias: Tensor | None = None) -> Tensor:
+    """Sparse linear map: `y = x @ W.T + bias`, W given by its active values.
+
+    Args:
+        x: `[*, in_features]`, any strides, floating point.
+        values: `[nnz]` (CSR) or `[n_blocks, b_out, b_in]` (BSR), in the order of `topology`; dtype of `x`.
+        topology: a topology of shape `(out_features, in_features)`.
+        bias: `[out_features]`, or None.
+
+    Returns:
+        `[*, out_features]`, dtype of `x` (under autocast: the autocast dtype). Differentiable once in
+        `x`, `values` and `bias`.
+
+    Raises:
+        ValueError: shapes or devices that do not fit together.
+        TypeError: dtypes that differ, or are not floating point.
+
+    Notes:
+        Accumulates in float32 (float64 for float64). Slower than dense at high density: `docs/when-slower.md`.
+
+    Example:
+        >>> topology = Topology.random((8, 16), density=0.25)
+        >>> linear(torch.randn(3, 16), torch.randn(topology.nnz), topology).shape
+        torch.Size([3, 8])
+    """
+    return _linear(x, values, topology, bias)
+
+
+def conv2d(
+    x: Tensor,
+    values: Tensor,
+    topology: Topology,
+    bias: Tensor | None = None,
+    stride: int | _Pair = 1,
+    padding: int | _Pair | str = 0,
+    dilation: int | _Pair = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Sparse 2-D convolution with zero padding, as `torch.nn.functional.conv2d`.
+
+    Args:
+        x: `[n, in_channels, h, w]` or `[in_channels, h, w]`, any strides, floating point.
+        values: `[nnz]` or `[n_blocks, b_out, b_in]`, in the order of `topology`; dtype of `x`.
+        topology: a topology of shape `(out_channels, in_channels / groups, kh, kw)`, same groups.
+        bias: `[out_channels]`, or None.
+        stride, padding, dilation: an int or a pair (height, width); `padding` also `"valid"` or `"same"`.
+        groups: convolution groups.
+
+    Returns:
+        `[n, out_channels, oh, ow]` in the memory format of `x`, dtype of `x` (under autocast: the autocast
+        dtype). Differentiable once in `x`, `values` and `bias`.
+
+    Raises:
+        ValueError: shapes or devices that do not fit together, an empty output.
+        TypeError: dtypes that differ, or are not floating point.
+    """
+    return _conv2d(x, values, topology, bias, _pair(stride), padding, _pair(dilation), groups)
+
+
+def _linear(
+    x: Tensor,
+    values: Tensor,
+    topology: Topology,
+    bias: Tensor | None,
+    growth: GrowthScorer | None = None,
+) -> Tensor:
+    _check(x, values, topology, bias, dims=2)
+    if x.dim() < 1 or x.shape[-1] != topology.shape[1]:
+        raise ValueError(
+            f"expected an input of shape [*, {topology.shape[1]}] for a weight of shape {topology.shape}, "
+            f"got {list(x.shape)}"
+        )
+    x, values, bias, out_dtype = _cast(x, values, bias)
+    flat = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty(x.shape[:-1].numel(), 0)
+    name = select(x, topology)
+    if name == "reference":
+        y = reference.linear(flat, values, topology, bias)
+    elif name == "dense":
+        y = dense.linear(flat, values, topology, bias)
+    else:
+        args = (flat.contiguous(), values.contiguous(), bias, topology.index, topology.rows, topology.cols)
+        if _needs_grad(x, values, bias):
+            y = _Linear.apply(*args)
+        else:
+            y = _ops.linear_forward(*args)
+    if growth is not None:
+        y = _Observe.apply(y, flat, growth)
+    return y.reshape(*x.shape[:-1], topology.shape[0]).to(out_dtype)
+
+
+def _conv2d(
+    x: Tensor,
+    values: Tensor,
+    topology: Topology,
+    bias: Tensor | None,
+    stride: _Pair,
+    padding: int | _Pair | str,
+    dilation: _Pair,
+    groups: int,
+    growth: GrowthScorer | None = None,
+) -> Tensor:
+    _check(x, values, topology, bias, dims=4)
+    if groups != topology.groups:
+        raise ValueError(f"groups is {groups}, but the topology was built for groups = {topology.groups}")
+    channels = topology.shape[1] * groups
+    if x.dim() not in (3, 4) or x.shape[-3] != channels:
+        raise ValueError(
+            f"expected an input of shape [n, {channels}, h, w] or [{channels}, h, w] for a weight of shape "
+            f"{topology.shape} with groups = {groups}, got {list(x.shape)}"
+        )
+    if min(stride) < 1 or min(dilation) < 1:
+        raise ValueError(f"stride and dilation must be positive, got {stride} and {dilation}")
+    x, values, bias, out_dtype = _cast(x, values, bias)
+    image = x if x.dim() == 4 else x.unsqueeze(0)
+    kernel = topology.shape[2:]
+    image, pads = _explicit_padding(image, padding, kernel, dilation)
+    size = _ops.conv2d_output_size(image.shape[2:], kernel, stride, pads, dilation)
+    if min(size) < 1:
+        raise ValueError(
+            f"the output would be empty ({size[0]} x {size[1]}): input {list(x.shape)}, kernel {kernel}, "
+            f"stride {stride}, padding {padding}, dilation {dilation}"
+        )
+    name = select(image, topology)
+    conf = (stride, pads, dilation, groups)
+    if name == "reference":
+        y = reference.conv2d(image, values, topology, bias, *conf)
+    elif name == "dense":
+        y = dense.conv2d(image, values, topology, bias, *conf)
+    else:
+        # One of the two formats that the kernels read; a strided image is copied to the nearer one.
+        if not (image.is_contiguous() or _ops.is_channels_last(image)):
+            inner_channels = image.stride(1) == 1 and image.shape[1] > 1
+            image = image.contiguous(
+                memory_format=torch.channels_last if inner_channels else torch.contiguous_format
+            )
+        ints = [list(pair) for pair in (kernel, stride, pads, dilation)]
+        args = (image, values.contiguous(), bias, topology.index, topology.rows, topology.cols, *ints, groups)
+        if _needs_grad(x, values, bias):
+            y = _Conv2d.apply(*args)
+        else:
+            y = _ops.conv2d_forward(*args)
+    if growth is not None:
+        y = _Observe.apply(y, image, growth, *conf)
+    return (y if x.dim() == 4 else y.squeeze(0)).to(out_dtype)
+
+
+# checks and casts -----------------------------------------------------------------------------
+
+
+def _pair(value: int | _Pair) -> _Pair:
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+
+
+def _check(x: Tensor, values: Tensor, topology: Topology, bias: Tensor | None, dims: int) -> None:
+    if len(topology.shape) != dims:
+        kind = "Linear (out, in)" if dims == 2 else "Conv2d (out, in/groups, kh, kw)"
+        raise ValueError(f"expected the topology of a {kind} weight, got shape {topology.shape}")
+    wanted = (topology.nnz,) if topology.block_size == (1, 1) else (topology.n_blocks, *topology.block_size)
+    if tuple(values.shape) != wanted:
+        raise ValueError(f"values must have shape {wanted} for {topology}, got {tuple(values.shape)}")
+    if bias is not None and tuple(bias.shape) != topology.shape[:1]:
+        raise ValueError(f"bias must have shape ({topology.shape[0]},), got {tuple(bias.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating point (float32, float64, bfloat16 or float16), got {x.dtype}")
+    for name, t in (("values", values), ("bias", bias)):
+        if t is None:
+            continue
+        if t.device != x.device:
+            raise ValueError(f"x is on {x.device}, but {name} on {t.device}: move one of them")
+        if t.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"{name} must have the dtype of x, {x.dtype}, got {t.dtype}")
+    if topology.device != x.device:
+        raise ValueError(f"x is on {x.device}, but the topology on {topology.device}: use topology.to()")
+
+
+def _cast(
+    x: Tensor, values: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, torch.dtype]:
+    """Inputs in the dtype to compute in, and the dtype of the output."""
+    device = x.device.type
+    out = x.dtype
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        out = torch.get_autocast_dtype(device)
+        x, values = x.to(out), values.to(out)
+        bias = None if bias is None else bias.to(out)
+    if device == "cpu" and out not in _NATIVE:
+        x, values = x.float(), values.float()
+        bias = None if bias is None else bias.float()
+    return x, values, bias, out
+
+
+def _explicit_padding(
+    x: Tensor, padding: int | _Pair | str, kernel: tuple[int, ...], dilation: _Pair
+) -> tuple[Tensor, _Pair]:
+    """Symmetric zero padding as numbers; what is asymmetric ("same" with an even kernel) is done here."""
+    if not isinstance(padding, str):
+        pads = _pair(padding)
+        if min(pads) < 0:
+            raise ValueError(f"padding must not be negative, got {padding}")
+        return x, pads
+    if padding == "valid":
+        return x, (0, 0)
+    if padding != "same":
+        raise ValueError(f'padding must be an int, a pair, "valid" or "same", got {padding!r}')
+    total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    extra_h, extra_w = (t % 2 for t in total)
+    if extra_h or extra_w:
+        x = F.pad(x, (0, extra_w, 0, extra_h))
+    return x, (total[0] // 2, total[1] // 2)
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+# autograd -------------------------------------------------------------------------------------
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, index: Tensor, rows: int, cols: int
+    ) -> Tensor:
+        # `index` is saved too: its version counter then catches an update between forward and backward.
+        ctx.save_for_backward(x, values, index)
+        ctx.grid = rows, cols
+        return _ops.linear_forward(x, values, bias, index, rows, cols)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, values, index = ctx.saved_tensors
+        need = ctx.needs_input_grad[:3]
+        grads = _ops.linear_backward(dy.contiguous(), x, values, index, *ctx.grid, *need)
+        return *(g if n else None for g, n in zip(grads, need, strict=True)), None, None, None
+
+
+class _Conv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, index: Tensor, *conf: Any
+    ) -> Tensor:
+        ctx.save_for_backward(x, values, index)
+        ctx.conf = conf
+        return _ops.conv2d_forward(x, values, bias, index, *conf)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, values, index = ctx.saved_tensors
+        need = ctx.needs_input_grad[:3]
+        layout = torch.channels_last if _ops.is_channels_last(x) else torch.contiguous_format
+        dy = dy.contiguous(memory_format=layout)
+        grads = _ops.conv2d_backward(dy, x, values, index, *ctx.conf, *need)
+        return *(g if n else None for g, n in zip(grads, need, strict=True)), None, *(None for _ in ctx.conf)
+
+
+class _Observe(torch.autograd.Function):
+    """Identity that shows a layer's input and output gradient to its growth scorer in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, growth: GrowthScorer, *conf: Any) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x)
+        ctx.growth, ctx.conf = growth, conf
+        return y.view_as(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        ctx.growth.observe(ctx.saved_tensors[0], dy, *ctx.conf)
+        return dy, None, None, *(None for _ in ctx.conf)

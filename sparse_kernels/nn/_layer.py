@@ -1,0 +1,209 @@
+"""What SparseLinear and SparseConv2d share: values and index arrays, conversions, state, updates."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..growth import GrowthScorer
+from ..topology import Topology, reorder_
+
+_Self = TypeVar("_Self", bound="SparseLayer")
+
+_INDEX_KEYS = ("row_ptr", "col_idx")
+
+
+class SparseLayer(nn.Module):
+    """A layer whose weight is stored as its active values and their topology.
+
+    Attributes:
+        values: `nn.Parameter`, `[nnz]` (CSR) or `[n_blocks, b_out, b_in]` (BSR). Keeps its identity,
+            shape and memory for the layer's whole life, topology updates included.
+        bias: `nn.Parameter` `[out]`, or None.
+        topology: where the values stand.
+        growth: set by a training method on a topology batch: what the backward shows its gradient to.
+    """
+
+    values: nn.Parameter
+    bias: nn.Parameter | None
+    topology: Topology
+
+    def _setup(self, topology: Topology, bias: bool, dtype: torch.dtype | None) -> None:
+        self.topology = topology
+        shape = (
+            (topology.nnz,) if topology.block_size == (1, 1) else (topology.n_blocks, *topology.block_size)
+        )
+        factory = {"device": topology.device, "dtype": dtype}
+        self.values = nn.Parameter(torch.empty(shape, **factory))
+        if bias:
+            self.bias = nn.Parameter(torch.empty(topology.shape[0], **factory))
+        else:
+            self.register_parameter("bias", None)
+        self.growth: GrowthScorer | None = None
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """The initialisation of `nn.Linear` and `nn.Conv2d` (kaiming uniform on the *dense* fan-in), at the active positions."""
+        fan_in = self.topology.shape[1] * self.topology.taps
+        bound = fan_in**-0.5 if fan_in else 0.0
+        with torch.no_grad():
+            self.values.uniform_(-bound, bound, generator=generator)
+            if self.bias is not None:
+                self.bias.uniform_(-bound, bound, generator=generator)
+
+    # views ----------------------------------------------------------------------------------
+
+    @property
+    def nnz(self) -> int:
+        """Active weights."""
+        return self.topology.nnz
+
+    @property
+    def density(self) -> float:
+        """Active fraction of the weight."""
+        return self.topology.density
+
+    @property
+    def block_size(self) -> int | tuple[int, int]:
+        """`b` for square blocks (1 for CSR), else `(b_out, b_in)`."""
+        b_out, b_in = self.topology.block_size
+        return b_out if b_out == b_in else (b_out, b_in)
+
+    def mask(self) -> Tensor:
+        """Bool tensor of the dense weight's shape: True where active."""
+        return self.topology.mask()
+
+    def dense_weight(self) -> Tensor:
+        """The dense weight, zeros where inactive. Differentiable with respect to `values`."""
+        return self.topology.to_dense(self.values)
+
+    # conversion -----------------------------------------------------------------------------
+
+    @classmethod
+    def _topology_for(
+        cls,
+        weight: Tensor,
+        mask: Tensor | None,
+        density: float | None,
+        block_size: int | tuple[int, int],
+        groups: int,
+        generator: torch.Generator | None,
+    ) -> Topology:
+        if (mask is None) == (density is None):
+            raise ValueError("give exactly one of mask= and density=")
+        if mask is None:
+            assert density is not None
+            return Topology.random(tuple(weight.shape), density, block_size, groups, generator, weight.device)
+        if mask.shape != weight.shape:
+            raise ValueError(f"mask must have the weight's shape {tuple(weight.shape)}, got {tuple(mask.shape)}")
+        topology = Topology.from_mask(mask, block_size, groups).to(weight.device)
+        if not torch.equal(topology.mask(), (mask != 0).to(weight.device)):
+            raise ValueError(
+                f"the mask is not made of whole blocks of {topology.block_size}; use block_size=1 or a mask that is"
+            )
+        return topology
+
+    def _adopt(self, module: nn.Linear | nn.Conv2d) -> None:
+        """Copy values at the active positions, bias, and what a module carries besides its weights."""
+        with torch.no_grad():
+            self.values.copy_(self.topology.gather(module.weight.detach()))
+            if self.bias is not None:
+                self.bias.copy_(module.bias)
+        self.values.requires_grad_(module.weight.requires_grad)
+        if self.bias is not None:
+            self.bias.requires_grad_(module.bias.requires_grad)
+        self.train(module.training)
+
+    def _fill_dense(self, module: Any) -> Any:
+        """The inverse of `_adopt`."""
+        with torch.no_grad():
+            module.weight.copy_(self.dense_weight())
+            if self.bias is not None:
+                module.bias.copy_(self.bias)
+        module.weight.requires_grad_(self.values.requires_grad)
+        if self.bias is not None:
+            module.bias.requires_grad_(self.bias.requires_grad)
+        return module.train(self.training)
+
+    # topology -------------------------------------------------------------------------------
+
+    def update_topology(self, drop: Tensor, grow: Tensor) -> Tensor:
+        """Drop active positions and grow others in place; kept values stay, grown ones are zero.
+
+        See `Topology.update_` for arguments, errors and what is returned. Bring optimizer state along
+        with `reorder_(state, source)`.
+        """
+        source = self.topology.update_(drop, grow)
+        reorder_(self.values.data, source)
+        if self.values.grad is not None:
+            reorder_(self.values.grad, source)
+        return source
+
+    # state ----------------------------------------------------------------------------------
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # Clones: a checkpoint must not change when the topology later does, and safetensors refuses
+        # tensors that share memory.
+        for key in _INDEX_KEYS:
+            destination[prefix + key] = getattr(self.topology, key).clone()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        found = {key: state_dict[prefix + key] for key in _INDEX_KEYS if prefix + key in state_dict}
+        present = [key for key in ("values", *_INDEX_KEYS) if prefix + key in state_dict]
+        problem = ""
+        if found and len(present) == 3:
+            # All is checked before anything changes: indices and values belong together.
+            try:
+                self.topology.check_arrays(found["row_ptr"], found["col_idx"])
+            except (ValueError, TypeError) as error:
+                problem = str(error)
+            values = state_dict[prefix + "values"]
+            if not problem and (not isinstance(values, Tensor) or values.shape != self.values.shape):
+                got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+                problem = f"values must have shape {tuple(self.values.shape)}, got {got}"
+            bias = state_dict.get(prefix + "bias")
+            if not problem and self.bias is not None and bias is not None and bias.shape != self.bias.shape:
+                problem = f"bias must have shape {tuple(self.bias.shape)}, got {tuple(bias.shape)}"
+            if not problem:
+                self.topology.load_arrays_(found["row_ptr"], found["col_idx"])
+        elif present and len(present) < 3:
+            lacking = [key for key in ("values", *_INDEX_KEYS) if key not in present]
+            if strict:
+                missing_keys.extend(prefix + key for key in lacking)
+            problem = f"{', '.join(present)} without {', '.join(lacking)}: values and indices belong together"
+        elif strict:
+            missing_keys.extend(prefix + key for key in _INDEX_KEYS)
+        if problem:
+            error_msgs.append(f"{prefix or type(self).__name__}: {problem}; the layer is unchanged")
+            return
+        rest = {k: v for k, v in state_dict.items() if k[len(prefix) :] not in _INDEX_KEYS or not k.startswith(prefix)}
+        unexpected: list[str] = []
+        super()._load_from_state_dict(
+            rest, prefix, local_metadata, strict, missing_keys, unexpected, error_msgs
+        )
+        unexpected_keys.extend(unexpected)
+
+    def _apply(self: _Self, fn: Any, recurse: bool = True) -> _Self:
+        super()._apply(fn, recurse)
+        self.topology = self.topology.to(self.values.device)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "growth": None}
+
+    def _describe(self) -> str:
+        topology = self.topology
+        b_out, b_in = topology.block_size
+        kind = "CSR" if (b_out, b_in) == (1, 1) else f"BSR {b_out}x{b_in}"
+        return f"bias={self.bias is not None}, {kind}, density={topology.density:.4g}, nnz={topology.nnz}"
