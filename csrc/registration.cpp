@@ -2,7 +2,6 @@
 // Implementations register themselves beside their kernels (csrc/cpu, csrc/cuda); shapes for the
 // compiler ("fakes") are in sparse_kernels/_ops.py.
 #include <Python.h>
-
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(sparse_kernels, m) {
@@ -27,7 +26,7 @@ STABLE_TORCH_LIBRARY(sparse_kernels, m) {
 }
 
 PyMODINIT_FUNC PyInit__C(void) {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr,
-                               nullptr,               nullptr, nullptr, nullptr};
+  static PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);
 }

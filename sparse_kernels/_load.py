@@ -23,6 +23,10 @@ if "_C" in missing:
         f"the compiled part of sparse_kernels cannot be loaded ({missing['_C']}). "
         "Build it in place with `pip install --no-build-isolation -e .`"
     )
+try:
+    torch.ops.sparse_kernels.cpu_isa()
+except RuntimeError as error:  # SPARSE_KERNELS_ISA asks for what is not there
+    raise ImportError(str(error).splitlines()[0]) from None
 if torch.version.cuda is None:
     missing["_C_cuda"] = "this torch is built without CUDA"
 else:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda", "dense")
 
 _requested: ContextVar[str] = ContextVar("sparse_kernels_backend", default="auto")
+_latest = "auto"  # the same for compiled code: Dynamo cannot trace a ContextVar, but guards on a global
 
 
 @contextmanager
@@ -32,24 +34,27 @@ def use_backend(name: str) -> Iterator[None]:
     """
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {name!r}")
-    token = _requested.set(name)
+    global _latest
+    token, before = _requested.set(name), _latest
+    _latest = name
     try:
         yield
     finally:
         _requested.reset(token)
+        _latest = before
 
 
 def requested() -> str:
     """The name in force here."""
-    return _requested.get()
+    return _latest if torch.compiler.is_compiling() else _requested.get()
 
 
 def select(x: Tensor, topology: Topology) -> str:
     """The implementation for a product of `x` with a weight of this topology."""
-    name = _requested.get()
+    name = requested()
     device = x.device.type
     if name == "auto":
-        return "reference"
+        return "cpu" if device == "cpu" and len(topology.shape) == 2 else "reference"
     if name in ("triton", "cuda"):
         raise RuntimeError(
             f'backend "{name}" cannot run: this release has no {name} kernels; use "auto", "reference" or "dense"'

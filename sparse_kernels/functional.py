@@ -99,7 +99,7 @@ def _linear(
             f"got {list(x.shape)}"
         )
     x, values, bias, out_dtype = _cast(x, values, bias)
-    flat = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty(x.shape[:-1].numel(), 0)
+    flat = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.reshape(x.shape[:-1].numel(), 0)
     name = select(x, topology)
     if name == "reference":
         y = reference.linear(flat, values, topology, bias)
@@ -188,6 +188,8 @@ def _check(x: Tensor, values: Tensor, topology: Topology, bias: Tensor | None, d
         raise ValueError(f"values must have shape {wanted} for {topology}, got {tuple(values.shape)}")
     if bias is not None and tuple(bias.shape) != topology.shape[:1]:
         raise ValueError(f"bias must have shape ({topology.shape[0]},), got {tuple(bias.shape)}")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
     if not x.is_floating_point():
         raise TypeError(f"x must be floating point (float32, float64, bfloat16 or float16), got {x.dtype}")
     for name, t in (("values", values), ("bias", bias)):
@@ -214,7 +216,7 @@ def _cast(
     if device == "cpu" and out not in _NATIVE:
         x, values = x.float(), values.float()
         bias = None if bias is None else bias.float()
-    return x, values, bias, out
+    return x, values, None if bias is None else bias.contiguous(), out
 
 
 def _explicit_padding(

@@ -41,7 +41,7 @@ def active_count(total: int, density: float) -> int:
 
 def normalize_block_size(block_size: int | tuple[int, int]) -> tuple[int, int]:
     """`b` or `(b_out, b_in)` -> `(b_out, b_in)`, checked."""
-    pair = (block_size, block_size) if isinstance(block_size, int) else tuple(block_size)
+    pair = tuple(block_size) if isinstance(block_size, (tuple, list)) else (block_size, block_size)
     if len(pair) != 2 or any(isinstance(b, bool) or not isinstance(b, int) or b < 1 for b in pair):
         raise ValueError(
             f"block_size must be a positive int or a pair (b_out, b_in) of them, got {block_size!r}"
@@ -193,8 +193,8 @@ class Topology:
 
     @property
     def _planned(self) -> bool:
-        """Whether `index` carries the CSR schedule of the Linear CPU kernels behind the arrays."""
-        return len(self.shape) == 2 and self.block_size == (1, 1)
+        """Whether `index` carries the schedule of the CSR CPU kernels behind the arrays."""
+        return self.block_size == (1, 1)
 
     def _bind(self, index: Tensor) -> None:
         self.index = index
@@ -319,22 +319,31 @@ class Topology:
         Raises:
             ValueError: out of range, repeated or already active positions, or `drop` and `grow` of
                 different lengths. The topology is unchanged then.
+            TypeError: not integer tensors.
         """
+        for name, t in (("drop", drop), ("grow", grow)):
+            if not isinstance(t, Tensor) or t.dtype not in (torch.int32, torch.int64):
+                got = t.dtype if isinstance(t, Tensor) else type(t).__name__
+                raise TypeError(f"{name} must be an int64 tensor, got {got}")
         drop, grow = (t.detach().to("cpu", torch.int64).flatten() for t in (drop, grow))
         if drop.numel() != grow.numel():
             raise ValueError(
                 f"drop and grow must have the same length (nnz is constant), got {drop.numel()} and {grow.numel()}"
             )
-        index, source = _ops.index_update(
-            self.index.cpu(),
-            self.n_blocks,
-            self.rows,
-            self.cols,
-            self.groups,
-            self._planned,
-            drop.sort().values,
-            grow.sort().values,
-        )
+        try:
+            index, source = _ops.index_update(
+                self.index.cpu(),
+                self.n_blocks,
+                self.rows,
+                self.cols,
+                self.groups,
+                self._planned,
+                drop.sort().values,
+                grow.sort().values,
+            )
+        except RuntimeError as error:
+            # What the operator's checks found; the text before it is their place in the source.
+            raise ValueError(str(error).splitlines()[0].split(", ", 2)[-1]) from None
         self.index.copy_(index)
         return source.to(self.device)
 

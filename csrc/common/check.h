@@ -26,8 +26,8 @@ inline void check_dtype(const Tensor& t, ScalarType dtype, const char* name) {
 }
 
 inline void check_size(const Tensor& t, int64_t dim, int64_t size, const char* name) {
-  STD_TORCH_CHECK(t.dim() > dim && t.size(dim) == size, name, " must have size ", size,
-                  " in dimension ", dim);
+  STD_TORCH_CHECK(t.dim() > dim && t.size(dim) == size, name, " must have size ", size, " in dimension ",
+                  dim);
 }
 
 inline Tensor new_empty(const Tensor& like, const std::vector<int64_t>& size, ScalarType dtype) {

@@ -1,7 +1,7 @@
 // Layout of the one int32 buffer behind a Topology (sparse_kernels/topology.py), as raw pointers.
 //
 //   row_ptr [rows + 1] | col_idx [n] | col_ptr [groups * cols + 1] | row_idx [n] | perm [n]
-//   and, for the CSR weights of Linear layers ("planned"), a schedule for each direction:
+//   and, for CSR weights ("planned"), a schedule for each direction:
 //   row_plan | col_plan
 //
 // A plan cuts the columns (of that direction) into tiles whose panel of activations stays in L1

@@ -51,8 +51,12 @@ int64_t scan(const Tensor& scores, int64_t row_begin, IndexView<const int32_t> i
   const int64_t rows = scores.size(0), cols = scores.size(1);
   const T* score = scores.const_data_ptr<T>();
   T* out = active.mutable_data_ptr<T>();
-  Candidates<T> best{best_scores.mutable_data_ptr<T>(), best_positions.mutable_data_ptr<int64_t>(), k,
-                     best_scores.numel(), found, k > 0 ? T(-1) : T(INFINITY)};
+  Candidates<T> best{best_scores.mutable_data_ptr<T>(),
+                     best_positions.mutable_data_ptr<int64_t>(),
+                     k,
+                     best_scores.numel(),
+                     found,
+                     k > 0 ? T(-1) : T(INFINITY)};
   best.keep_best();
   for (int64_t r = 0; r < rows; ++r, score += cols) {
     const int64_t row = row_begin + r, first = row * cols;
@@ -75,9 +79,9 @@ int64_t scan(const Tensor& scores, int64_t row_begin, IndexView<const int32_t> i
 int64_t growth_scan(const Tensor& scores, int64_t row_begin, const Tensor& index, int64_t n, int64_t rows,
                     int64_t cols, int64_t groups, bool planned, Tensor active, Tensor best_scores,
                     Tensor best_positions, int64_t k, int64_t found) {
-  for (const Tensor* t : {&scores, &index, static_cast<const Tensor*>(&active),
-                          static_cast<const Tensor*>(&best_scores),
-                          static_cast<const Tensor*>(&best_positions)})
+  for (const Tensor* t :
+       {&scores, &index, static_cast<const Tensor*>(&active), static_cast<const Tensor*>(&best_scores),
+        static_cast<const Tensor*>(&best_positions)})
     check_cpu(*t, "growth_scan's tensors");
   const IndexShape shape{rows, cols, groups, n, planned};
   check_size(index, 0, shape.size(), "index");

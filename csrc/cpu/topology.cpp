@@ -106,8 +106,8 @@ std::tuple<Tensor, Tensor> index_update(const Tensor& index, int64_t n, int64_t 
   for (int64_t i = 0; i < k; ++i) {
     STD_TORCH_CHECK(d[i] >= 0 && d[i] < n, "drop holds ", d[i], ", out of range [0, ", n, ")");
     STD_TORCH_CHECK(i == 0 || d[i] != d[i - 1], "drop holds ", d[i], " more than once");
-    STD_TORCH_CHECK(g[i] >= 0 && g[i] < total, "grow holds position ", g[i], ", out of range [0, ",
-                    total, ")");
+    STD_TORCH_CHECK(g[i] >= 0 && g[i] < total, "grow holds position ", g[i], ", out of range [0, ", total,
+                    ")");
     STD_TORCH_CHECK(i == 0 || g[i] != g[i - 1], "grow holds position ", g[i], " more than once");
   }
 

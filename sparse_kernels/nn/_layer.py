@@ -172,9 +172,11 @@ class SparseLayer(nn.Module):
             if not problem and (not isinstance(values, Tensor) or values.shape != self.values.shape):
                 got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
                 problem = f"values must have shape {tuple(self.values.shape)}, got {got}"
-            bias = state_dict.get(prefix + "bias")
-            if not problem and self.bias is not None and bias is not None and bias.shape != self.bias.shape:
-                problem = f"bias must have shape {tuple(self.bias.shape)}, got {tuple(bias.shape)}"
+            bias = state_dict.get(prefix + "bias", self.bias)
+            if not problem and self.bias is not None:
+                if not isinstance(bias, Tensor) or bias.shape != self.bias.shape:
+                    got = tuple(bias.shape) if isinstance(bias, Tensor) else type(bias).__name__
+                    problem = f"bias must have shape {tuple(self.bias.shape)}, got {got}"
             if not problem:
                 self.topology.load_arrays_(found["row_ptr"], found["col_idx"])
         elif present and len(present) < 3:

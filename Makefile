@@ -1,0 +1,88 @@
+# Everything a developer types. `make help` lists it.
+#
+#   VENV      the virtual environment, created when absent      (default .venv)
+#   PYTHON    the interpreter that creates it, 3.10 or newer    (default python3)
+#   PIP_ARGS  more arguments for every pip install, e.g. an index of CPU builds of torch:
+#             make quickstart PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+
+VENV     ?= .venv
+PYTHON   ?= python3
+PIP_ARGS ?=
+
+BIN     := $(abspath $(VENV))/bin
+PIP     := $(BIN)/python -m pip --disable-pip-version-check install -qq $(PIP_ARGS)
+export PATH := $(BIN):$(PATH)  # ninja is looked for there
+SOURCES := setup.py $(shell find csrc -type f)
+# Stamps: what is done in this environment. A change of the right-hand side does it again.
+BASE    := $(VENV)/.base
+PACKAGE := $(VENV)/.package
+BUILD   := $(VENV)/.build
+TRAIN   := $(VENV)/.extra-train
+TEST    := $(VENV)/.extra-test
+
+.PHONY: help quickstart test bench gpu lint build clean
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1 \t/' | expand -t 12
+
+quickstart: $(TRAIN) $(BUILD)  ## environment, build, and a sparse network against a dense one on real data
+	@echo "== rigl train digits"
+	@$(BIN)/rigl train digits
+
+test: $(TEST) $(BUILD)  ## environment, build, and the whole test-suite
+	@echo "== pytest"
+	@$(BIN)/python -m pytest
+
+bench: $(TRAIN) $(BUILD)  ## time the operators against the dense library
+	@$(BIN)/python -m bench.run
+
+gpu: export SPARSE_KERNELS_CUDA = 1
+gpu: $(PACKAGE)  ## compile the CUDA module; there are no GPU kernels to check yet
+	@echo "== building with SPARSE_KERNELS_CUDA=1"
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+	@$(BIN)/python -m sparse_kernels.info
+	@echo "The CUDA module compiles. It holds no kernels yet, so nothing was run on a GPU."
+
+lint: $(TEST)  ## ruff, clang-format and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' \
+	  | xargs $(BIN)/clang-format --dry-run --Werror
+	@$(BIN)/mypy
+
+build: $(BUILD)  ## compile what changed
+
+clean:  ## remove what was built, reports, and the environment
+	rm -rf build dist runs sparse_kernels/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(VENV)
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BASE): requirements-dev.txt
+	@echo "== environment in $(VENV): $$($(PYTHON) --version), torch (a few minutes, once)"
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed: make PYTHON=python3.12 ..." if sys.version_info < (3, 10) else 0)'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) --requirement requirements-dev.txt
+	@touch $@
+
+$(PACKAGE): pyproject.toml | $(BASE)
+	@echo "== installing sparse-kernels, compiling its C++ part (a minute)"
+	@$(PIP) --no-build-isolation --editable .
+	@touch $@ $(BUILD)
+
+$(BUILD): $(SOURCES) | $(PACKAGE)
+	@echo "== compiling the C++ part"
+	@mkdir -p build
+	@$(BIN)/python setup.py --quiet build_ext --inplace > build/log 2>&1 || { cat build/log; exit 1; }
+	@touch $@
+
+# The package itself is there by now: these fetch only what the extras name.
+$(TRAIN): $(PACKAGE)
+	@echo "== libraries of the recipes: matplotlib, rich, scikit-learn, tqdm, tyro"
+	@$(PIP) 'sparse-kernels[train]'
+	@touch $@
+
+$(TEST): $(PACKAGE)
+	@echo "== tools: pytest, hypothesis, ruff, mypy, clang-format"
+	@$(PIP) 'sparse-kernels[train,test,dev]'
+	@touch $@ $(TRAIN)

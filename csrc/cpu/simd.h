@@ -1,0 +1,130 @@
+// Vectors of one instruction set, by compiler vector extensions: no intrinsics, no headers of others.
+// Included once per instruction set inside its namespace and target region, after SK_VECTOR_BYTES
+// (16, 32 or 64) is defined; no include guard for that reason. Calls nothing from the standard
+// library: an inline function of it compiled here could be the copy the linker keeps for everyone.
+
+#define SK_INLINE inline __attribute__((always_inline))
+#define SK_UNROLL _Pragma("GCC unroll 16")
+
+constexpr int kVectorBytes = SK_VECTOR_BYTES;
+// Activations are packed in cells of 64 bytes (16 float or 8 double lanes) whatever the vector width,
+// so layouts, offsets and the order of every sum are the same for all instruction sets.
+constexpr int kCellBytes = 64;
+constexpr int kVectors = kCellBytes / kVectorBytes;  // vectors a cell
+
+template <class T>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef float type __attribute__((vector_size(kVectorBytes)));
+  typedef float loose __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+  typedef int32_t mask __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct VectorOf<double> {
+  typedef double type __attribute__((vector_size(kVectorBytes)));
+  typedef double loose __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
+  typedef int64_t mask __attribute__((vector_size(kVectorBytes)));
+};
+
+template <class T>
+using Vec = typename VectorOf<T>::type;
+template <class T>
+constexpr int kLanes = kVectorBytes / int(sizeof(T));
+template <class T>
+constexpr int kCell = kCellBytes / int(sizeof(T));
+
+template <class T>
+SK_INLINE Vec<T> load(const T* p) {
+  return *reinterpret_cast<const Vec<T>*>(p);
+}
+template <class T>
+SK_INLINE void store(T* p, Vec<T> v) {
+  *reinterpret_cast<Vec<T>*>(p) = v;
+}
+template <class T>
+SK_INLINE Vec<T> load_loose(const T* p) {
+  return *reinterpret_cast<const typename VectorOf<T>::loose*>(p);
+}
+template <class T>
+SK_INLINE void store_loose(T* p, Vec<T> v) {
+  *reinterpret_cast<typename VectorOf<T>::loose*>(p) = v;
+}
+template <class T>
+SK_INLINE Vec<T> splat(T s) {
+  return s - Vec<T>{};
+}
+
+// Lane l of the result is a[l] where bit `half` of l is clear, else b[l]: a blend.
+template <class T, int half>
+SK_INLINE Vec<T> blend(Vec<T> a, Vec<T> b) {
+  typename VectorOf<T>::mask m;
+  SK_UNROLL for (int l = 0; l < kLanes<T>; ++l) m[l] = (l & half) ? kLanes<T> + l : l;
+#if defined(__clang__)
+  Vec<T> r;
+  SK_UNROLL for (int l = 0; l < kLanes<T>; ++l) r[l] = (l & half) ? b[l] : a[l];
+  return r;
+#else
+  return __builtin_shuffle(a, b, m);
+#endif
+}
+
+// Lane l of the result is a[l + half] where bit `half` of l is clear, else b[l - half].
+template <class T, int half>
+SK_INLINE Vec<T> cross(Vec<T> a, Vec<T> b) {
+#if defined(__clang__)
+  Vec<T> r;
+  SK_UNROLL for (int l = 0; l < kLanes<T>; ++l) r[l] = (l & half) ? b[l - half] : a[l + half];
+  return r;
+#else
+  typename VectorOf<T>::mask m;
+  SK_UNROLL for (int l = 0; l < kLanes<T>; ++l) m[l] = (l & half) ? kLanes<T> + l - half : l + half;
+  return __builtin_shuffle(a, b, m);
+#endif
+}
+
+// One stage of the transpose of a kLanes x kLanes square held in rows, and the stages below it.
+template <class T, int half>
+SK_INLINE void transpose_stages(Vec<T>* r) {
+  SK_UNROLL for (int i = 0; i < kLanes<T>; ++i) {
+    if (i & half) continue;
+    const Vec<T> a = r[i], b = r[i + half];
+    // a' takes b's lanes moved up by half; b' takes a's lanes moved down.
+    typename VectorOf<T>::mask up, down;
+    SK_UNROLL for (int l = 0; l < kLanes<T>; ++l) {
+      up[l] = (l & half) ? kLanes<T> + l - half : l;
+      down[l] = (l & half) ? kLanes<T> + l : l + half;
+    }
+#if defined(__clang__)
+    Vec<T> x, y;
+    SK_UNROLL for (int l = 0; l < kLanes<T>; ++l) {
+      x[l] = (l & half) ? b[l - half] : a[l];
+      y[l] = (l & half) ? b[l] : a[l + half];
+    }
+    r[i] = x, r[i + half] = y;
+#else
+    r[i] = __builtin_shuffle(a, b, up), r[i + half] = __builtin_shuffle(a, b, down);
+#endif
+  }
+  if constexpr (half > 1) transpose_stages<T, half / 2>(r);
+}
+
+template <class T>
+SK_INLINE void transpose(Vec<T>* rows) {
+  transpose_stages<T, kLanes<T> / 2>(rows);
+}
+
+// kLanes vectors -> one vector whose lane i is the sum over vector i. Halves the number of vectors at
+// each stage: blend + cross + add, in a fixed order of additions.
+template <class T, int half>
+SK_INLINE Vec<T> reduce_stages(Vec<T>* r) {
+  SK_UNROLL for (int i = 0; i < half; ++i) r[i] =
+      blend<T, half>(r[i], r[i + half]) + cross<T, half>(r[i], r[i + half]);
+  if constexpr (half > 1) return reduce_stages<T, half / 2>(r);
+  return r[0];
+}
+
+template <class T>
+SK_INLINE Vec<T> reduce(Vec<T>* vectors) {
+  return reduce_stages<T, kLanes<T> / 2>(vectors);
+}

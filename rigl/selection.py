@@ -1,0 +1,84 @@
+"""Which weights to drop and which to grow: pure functions, exact counts, ties by position.
+
+Nothing here draws on `torch.topk`, whose choice among equal scores is not defined.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_kernels.topology import _draw_positions
+
+
+def magnitudes(values: Tensor, block_score: str = "l1") -> Tensor:
+    """Score of every active position: |w|, or the norm of its block. `[nnz]` or `[n, b, b]` -> `[n]`."""
+    values = values.detach()
+    if values.dtype not in (torch.float32, torch.float64):
+        values = values.float()
+    if values.dim() == 1:
+        return values.abs()
+    blocks = values.flatten(1)
+    return blocks.abs().sum(1) if block_score == "l1" else blocks.square().sum(1).sqrt()
+
+
+def smallest(scores: Tensor, k: int) -> Tensor:
+    """Indices of the k smallest scores, ascending: the first k in the order (score, index).
+
+    Args:
+        scores: `[n]` finite.
+        k: clipped to `[0, n]`.
+    """
+    n = scores.numel()
+    if k <= 0:
+        return torch.empty(0, dtype=torch.int64, device=scores.device)
+    if k >= n:
+        return torch.arange(n, device=scores.device)
+    threshold = scores.kthvalue(k).values
+    chosen = scores < threshold
+    missing = k - int(chosen.sum())
+    chosen[(scores == threshold).nonzero().flatten()[:missing]] = True
+    return chosen.nonzero().flatten()
+
+
+def largest(scores: Tensor, positions: Tensor, k: int) -> Tensor:
+    """The k positions that come first in the order (score descending, position ascending).
+
+    Args:
+        scores: `[m]`.
+        positions: `[m]` int64, distinct, any order.
+        k: at most m.
+    """
+    by_position = positions.argsort()
+    order = by_position[scores[by_position].argsort(descending=True, stable=True)]
+    return positions[order[:k]]
+
+
+def random_outside(kept: Tensor, total: int, k: int, generator: torch.Generator) -> Tensor:
+    """Draw k distinct positions of `range(total)` that are not in `kept`, uniformly at random, ascending.
+
+    Memory O(len(kept) + k): ranks among the free positions are drawn, then shifted past the kept ones.
+
+    Args:
+        kept: `[n]` int64, ascending.
+        total: number of positions.
+        k: at most `total - n`.
+        generator: a CPU generator.
+    """
+    ranks = _draw_positions(total - kept.numel(), k, generator).to(kept.device)
+    free_before = kept - torch.arange(kept.numel(), device=kept.device)
+    return ranks + torch.searchsorted(free_before, ranks, right=True)
+
+
+def rewire(drop: Tensor, dropped: Tensor, grown: Tensor) -> tuple[Tensor, Tensor]:
+    """Cancel what is both dropped and grown: such a weight simply stays, with its value and state.
+
+    Args:
+        drop: `[k]` indices into the value order.
+        dropped: `[k]` the positions of those.
+        grown: `[k]` the positions chosen to grow.
+
+    Returns:
+        The indices to drop and the positions to grow that are left, equally many.
+    """
+    return drop[~torch.isin(dropped, grown)], grown[~torch.isin(grown, dropped)]
