@@ -42,16 +42,20 @@ def smallest(scores: Tensor, k: int) -> Tensor:
 
 
 def largest(scores: Tensor, positions: Tensor, k: int) -> Tensor:
-    """The k positions that come first in the order (score descending, position ascending).
+    """The k positions that come first in the order (score descending, position ascending), as a set.
 
     Args:
-        scores: `[m]`.
+        scores: `[m]` finite.
         positions: `[m]` int64, distinct, any order.
-        k: at most m.
+        k: clipped to `[0, m]`.
     """
-    by_position = positions.argsort()
-    order = by_position[scores[by_position].argsort(descending=True, stable=True)]
-    return positions[order[:k]]
+    m = scores.numel()
+    if k <= 0 or k >= m:
+        return positions[: max(k, 0)]
+    threshold = scores.kthvalue(m - k + 1).values
+    above = positions[scores > threshold]
+    tied = positions[scores == threshold].sort().values
+    return torch.cat([above, tied[: k - above.numel()]])
 
 
 def random_outside(kept: Tensor, total: int, k: int, generator: torch.Generator) -> Tensor:
@@ -74,11 +78,17 @@ def rewire(drop: Tensor, dropped: Tensor, grown: Tensor) -> tuple[Tensor, Tensor
     """Cancel what is both dropped and grown: such a weight simply stays, with its value and state.
 
     Args:
-        drop: `[k]` indices into the value order.
-        dropped: `[k]` the positions of those.
-        grown: `[k]` the positions chosen to grow.
+        drop: `[k]` indices into the value order, ascending.
+        dropped: `[k]` the positions of those, ascending.
+        grown: `[k]` the positions chosen to grow, any order.
 
     Returns:
         The indices to drop and the positions to grow that are left, equally many.
     """
-    return drop[~torch.isin(dropped, grown)], grown[~torch.isin(grown, dropped)]
+    if drop.numel() == 0:
+        return drop, grown
+    place = torch.searchsorted(dropped, grown).clamp_(max=drop.numel() - 1)
+    again = dropped[place] == grown
+    leaves = torch.ones_like(drop, dtype=torch.bool)
+    leaves[place[again]] = False
+    return drop[leaves], grown[~again]

@@ -200,7 +200,7 @@ class TopologyUpdater:
     def _arm(self) -> None:
         """Have the coming backward passes scored if the next step is spent on an update."""
         for tracker in self._trackers:
-            tracker.layer.growth = None
+            tracker.disarm()
             if self.takes_batch and self._due() and (k := self._count(tracker, self.step_count)):
                 tracker.arm(k, self._block_score, self._expected)
 
@@ -216,32 +216,25 @@ class TopologyUpdater:
         step, plans, problem = self.step_count, list[Plan](), ""
         try:
             plans = self._plan_all(step)
+            for tracker in self._trackers:  # what the scorers hold is not needed any more
+                tracker.disarm()
+            apply_plans(plans, self._optimizer)
         except _NotReady as reason:
             if str(reason):
-                warnings.warn(
-                    f"topology update postponed by a step at step {step}: {reason}", SkippedUpdateWarning, 2
-                )
+                message = f"topology update postponed by a step at step {step}: {reason}"
+                warnings.warn(message, SkippedUpdateWarning, stacklevel=2)
             return False
         except _NotFinite as reason:
             problem = str(reason)
-        finally:
-            for tracker in self._trackers:
-                tracker.disarm()
-        if not problem:
-            try:
-                apply_plans(plans, self._optimizer)
-            except BaseException:
-                self._arm()  # nothing has changed; the next batch is the next attempt
-                raise
+        except BaseException:
+            self._arm()  # nothing has changed; the next batch is the next attempt
+            raise
         self._last_update, self.updated = step, True
         if problem:
             self.failed_updates += 1
             spent = " and the optimizer took no step on this batch" if self.takes_batch else ""
-            warnings.warn(
-                f"topology update at step {step} skipped: {problem}; no layer's topology changed{spent}",
-                NonFiniteWarning,
-                2,
-            )
+            message = f"topology update at step {step} skipped: {problem}; no layer's topology changed{spent}"
+            warnings.warn(message, NonFiniteWarning, stacklevel=2)
             return True
         self.updates += 1
         self._replaced = sum(plan.drop.numel() * plan.layer.topology.block_numel for plan in plans)

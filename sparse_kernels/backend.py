@@ -54,7 +54,7 @@ def select(x: Tensor, topology: Topology) -> str:
     name = requested()
     device = x.device.type
     if name == "auto":
-        return "cpu" if device == "cpu" and len(topology.shape) == 2 else "reference"
+        return "cpu" if device == "cpu" else "reference"
     if name in ("triton", "cuda"):
         raise RuntimeError(
             f'backend "{name}" cannot run: this release has no {name} kernels; use "auto", "reference" or "dense"'

@@ -100,7 +100,7 @@ def _linear(
         )
     x, values, bias, out_dtype = _cast(x, values, bias)
     flat = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.reshape(x.shape[:-1].numel(), 0)
-    name = select(x, topology)
+    name = _select(x, topology)
     if name == "reference":
         y = reference.linear(flat, values, topology, bias)
     elif name == "dense":
@@ -142,13 +142,13 @@ def _conv2d(
     image = x if x.dim() == 4 else x.unsqueeze(0)
     kernel = topology.shape[2:]
     image, pads = _explicit_padding(image, padding, kernel, dilation)
-    size = _ops.conv2d_output_size(image.shape[2:], kernel, stride, pads, dilation)
+    size = _ops.conv2d_output_size((image.shape[2], image.shape[3]), kernel, stride, pads, dilation)
     if min(size) < 1:
         raise ValueError(
             f"the output would be empty ({size[0]} x {size[1]}): input {list(x.shape)}, kernel {kernel}, "
             f"stride {stride}, padding {padding}, dilation {dilation}"
         )
-    name = select(image, topology)
+    name = _select(image, topology)
     conf = (stride, pads, dilation, groups)
     if name == "reference":
         y = reference.conv2d(image, values, topology, bias, *conf)
@@ -237,6 +237,17 @@ def _explicit_padding(
     if extra_h or extra_w:
         x = F.pad(x, (0, extra_w, 0, extra_h))
     return x, (total[0] // 2, total[1] // 2)
+
+
+def _select(x: Tensor, topology: Topology) -> str:
+    name = select(x, topology)
+    # Asked here because compiled code would drop the custom backward and return zeros (torch 2.11 to 2.13).
+    if name != "reference" and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "sparse products do not support torch.func transforms (grad, vmap, jvp, ...): "
+            'use torch.autograd, or use_backend("reference")'
+        )
+    return name
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:

@@ -92,7 +92,7 @@ class GrowthScorer:
     @torch.no_grad()
     def _score(self, pairs: list[tuple[Any, ...]]) -> Growth:
         topology = self.topology
-        stripe_of = dense.linear_stripe if len(topology.shape) == 2 else dense.conv2d_stripe
+        stripe_of: Any = dense.linear_stripe if len(topology.shape) == 2 else dense.conv2d_stripe
         wide = [
             tuple(t.float() if isinstance(t, Tensor) and t.dtype not in (torch.float32, torch.float64) else t for t in p)
             for p in pairs
@@ -104,7 +104,7 @@ class GrowthScorer:
         best_positions = torch.empty(2 * self.k + 1024, dtype=torch.int64)
         found = 0
         for begin, end in dense.stripes(topology):
-            gradient = sum(stripe_of(x, dy, topology, begin, end, *conf) for x, dy, *conf in wide)
+            gradient: Any = sum(stripe_of(x, dy, topology, begin, end, *conf) for x, dy, *conf in wide)
             blocks = dense.stripe_to_blocks(gradient, topology).flatten(2)
             if self.block_score == "l1" or topology.block_numel == 1:
                 scores = blocks.abs().sum(-1)

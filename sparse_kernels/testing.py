@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,8 +63,8 @@ def assert_componentwise(
         return
     at = tuple(int(i) for i in bad.nonzero()[0])
     raise AssertionError(
-        f"{name}: {int(bad.sum())} of {bad.numel()} entries beyond {bound:.2e} * |X||W|; first at {at}: "
-        f"got {actual[at].item():.9g}, expected {expected[at].item():.9g}, |X||W| = {magnitude[at].item():.3g}"
+        f"{name}: {int(bad.sum())} of {bad.numel()} entries beyond {bound:.2e} * |X||W|; first at {at}: got "
+        f"{actual[at].item():.9g}, expected {expected[at].item():.9g}, |X||W| = {magnitude[at].item():.3g}"
     )
 
 
@@ -83,7 +84,8 @@ def assert_normwise(
     error, size = (actual.detach().double() - expected).norm().item(), expected.norm().item()
     if not error <= rtol * size:
         raise AssertionError(
-            f"{name}: ||error|| = {error:.3e} exceeds {rtol:.1e} * {size:.3e} (ratio {error / max(size, 1e-300):.2e})"
+            f"{name}: ||error|| = {error:.3e} exceeds {rtol:.1e} * {size:.3e} "
+            f"(ratio {error / max(size, 1e-300):.2e})"
         )
 
 
@@ -139,7 +141,9 @@ def random_topology(
         grid[-1, -1] = True
     elif grid.numel() and pattern in ("one", "full_row", "full_col"):
         row, col = (int(torch.randint(n, (), generator=generator)) for n in (rows, cols))
-        grid[slice(None) if pattern == "full_col" else row, slice(None) if pattern == "full_row" else col] = True
+        grid[slice(None) if pattern == "full_col" else row, slice(None) if pattern == "full_row" else col] = (
+            True
+        )
     elif grid.numel() and pattern != "none":
         chance = torch.full((rows, 1), density)
         if pattern == "skew":
@@ -180,11 +184,12 @@ def poisoned_memory() -> Iterator[None]:
     """Fill every freshly allocated tensor with NaN (or the largest integer) inside the `with` block."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic
+    fill = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    settings.fill_uninitialized_memory = True
     try:
         yield
     finally:
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        settings.fill_uninitialized_memory = fill
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)

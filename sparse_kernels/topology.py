@@ -27,14 +27,14 @@ INT32_MAX = 2**31 - 1
 def active_count(total: int, density: float) -> int:
     """Number of active positions: `total - floor((1 - density) * total)`.
 
-    The floor is guarded against float error: a product within 1e-9 (relative) below an integer
+    The floor is guarded against float error: a product within a few roundings of an integer
     counts as that integer, so that density 0.1 of 1000 is 100 and not 101.
     """
     if not isinstance(density, (int, float)) or not 0.0 <= density <= 1.0:
         raise ValueError(f"density must be a number in [0, 1], got {density!r}")
     zeros = (1.0 - density) * total
     nearest = round(zeros)
-    if abs(zeros - nearest) <= 1e-9 * max(1.0, total):
+    if abs(zeros - nearest) <= 1e-15 * max(1.0, total):
         return total - nearest
     return total - math.floor(zeros)
 

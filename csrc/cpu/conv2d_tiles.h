@@ -56,6 +56,15 @@ void zero_borders(const TileShape& shape, int64_t r0, int64_t r1, int64_t width,
   }
 }
 
+// Starts loading `length` pixels of each of `count` images. Images are far apart, often by a power of
+// two: no hardware prefetcher follows so many streams.
+template <bool write, class T>
+void prefetch(const T* from, int64_t stride, int64_t count, int64_t length) {
+  constexpr int64_t line = kCellSize / static_cast<int64_t>(sizeof(T));
+  for (int64_t t = 0; t < count; ++t)
+    for (int64_t i = 0; i < length; i += line) __builtin_prefetch(from + t * stride + i, write, 2);
+}
+
 // Cells of scratch memory that pack_tile needs.
 inline int64_t scratch_cells(const TileShape& shape, int64_t w) { return shape.rows * w; }
 
@@ -75,15 +84,21 @@ void pack_tile(const Kernels<T>& kernel, const Images<const T>& from, int64_t im
   const T* src = from.data + image * from.channels * plane;
   const int64_t stride = from.channels * plane, channel = shape.pitch * lanes;
   if (from.channels_last) {
+    // A few channels of all pixels of a row at a time: the tile's lines of a channel are neighbours.
     for (int64_t r = r0; r < r1; ++r)
-      for (int64_t c = 0; c < width; ++c)
-        kernel.pack(src + ((row0 + r) * from.w + c) * from.channels, stride, count, from.channels,
-                    tile + (r * shape.cols + shape.left + c) * lanes, channel, 1);
+      for (int64_t f = 0; f < from.channels; f += lanes)
+        for (int64_t c = 0; c < width; ++c) {
+          const T* pixel = src + ((row0 + r) * from.w + c) * from.channels + f;
+          prefetch<false>(pixel + 4 * from.channels, stride, count, 1);
+          kernel.pack(pixel, stride, count, std::min(lanes, from.channels - f),
+                      tile + f * channel + (r * shape.cols + shape.left + c) * lanes, channel, 1);
+        }
     return;
   }
   for (int64_t c = 0; c < from.channels; ++c) {
     const T* rows = src + c * plane + (row0 + r0) * from.w;
     T* to = tile + c * channel + (r0 * shape.cols + shape.left) * lanes;
+    if (c + 1 < from.channels) prefetch<false>(rows + plane, stride, count, (r1 - r0) * from.w);
     if (width == from.w && shape.cols == width) {  // one run of pixels
       kernel.pack(rows, stride, count, (r1 - r0) * width, to, lanes, 1);
     } else if (width % lanes == 0) {
@@ -107,7 +122,7 @@ struct Taps {
 
   // y [channels][cells] += W * x for `cells` pixels, `step` bytes apart.
   void spmm(const Kernels<T>& kernel, int64_t cells, const char* x, int64_t x_row, int64_t step, T* y) const {
-    if (stream) return stream->spmm(kernel, cells, x, step, y);
+    if (stream) return stream->spmm(kernel, cells, x, 0, step, y, 0, 1);
     for (const BlockRow<T>& row : rows) {
       if (row.begin < row.end) kernel.bsr_spmm(cells, &row, x, x_row, step, y);
       y += row.outputs * cells * kImages<T>;
@@ -126,18 +141,16 @@ struct Phase {
 // the stride; the input gradient has a phase for every remainder modulo the stride, stepping by one.
 template <class T>
 struct Pass {
-  TileShape tile;          // of the inputs
-  int64_t band;            // lattice rows at once
-  int64_t in_y, in_x;      // input pixels to the next row, column of the lattice
-  int64_t out_y, out_x;    // output pixels to the same
+  TileShape tile;        // of the inputs
+  int64_t band;          // lattice rows at once
+  int64_t in_y, in_x;    // input pixels to the next row, column of the lattice
+  int64_t out_y, out_x;  // output pixels to the same
   Images<T> out;
   const T* bias;
   std::vector<Phase<T>> phases;
 
   // Rows without a gap between them, in the tile and in the output, are one long row.
-  bool long_rows() const {
-    return in_y == 1 && in_x == 1 && out_y == 1 && out_x == 1 && tile.cols == out.w;
-  }
+  bool long_rows() const { return in_y == 1 && in_x == 1 && out_y == 1 && out_x == 1 && tile.cols == out.w; }
   int64_t out_pitch() const { return TileShape::spread(band * out_y * out.w); }
   int64_t panel_cells() const { return 4 * out.channels; }
   // NCHW outputs are gathered so that an image's pixels can be written as runs.
@@ -168,8 +181,8 @@ struct Pass {
 
  private:
   // Pixels of a panel to where they belong; `pixel` counts from the band's first, `origin`.
-  void put(const Kernels<T>& kernel, const T* panel, int64_t cells, int64_t image, int64_t origin, int64_t pixel,
-           T* gather) const {
+  void put(const Kernels<T>& kernel, const T* panel, int64_t cells, int64_t image, int64_t origin,
+           int64_t pixel, T* gather) const {
     constexpr int64_t lanes = kImages<T>;
     const int64_t plane = out.h * out.w;
     if (out.channels_last) {
@@ -190,9 +203,12 @@ struct Pass {
     const int64_t y = first * out_y, rows = std::min(band * out_y, out.h - y), plane = out.h * out.w;
     if (rows <= 0) return;
     const int64_t count = std::min(kImages<T>, out.n - image);
-    for (int64_t c = 0; c < out.channels; ++c)
-      kernel.unpack(gather + c * out_pitch() * kImages<T>, kImages<T>, count, rows * out.w,
-                    out.data + (image * out.channels + c) * plane + y * out.w, out.channels * plane);
+    for (int64_t c = 0; c < out.channels; ++c) {
+      T* to = out.data + (image * out.channels + c) * plane + y * out.w;
+      if (c + 1 < out.channels) prefetch<true>(to + plane, out.channels * plane, count, rows * out.w);
+      kernel.unpack(gather + c * out_pitch() * kImages<T>, kImages<T>, count, rows * out.w, to,
+                    out.channels * plane);
+    }
   }
 };
 

@@ -27,6 +27,7 @@ SK_INLINE void csr_step(Vec<T>* acc, const char* x, uint32_t off, T value, int64
 template <class T, int cells, bool dense_step>
 void csr_spmm_fixed(const char* x, int64_t step, const RowLength* segments, int64_t n_segments,
                     const uint32_t* off, const T* val, T* y) {
+  constexpr int V = cells * kVectors;
   constexpr int64_t row = int64_t(cells) * kCell<T>;
   for (int64_t s = 0; s < n_segments; ++s) {
     // The next rows of y come in the order of lengths, which no hardware prefetcher follows.
@@ -34,19 +35,18 @@ void csr_spmm_fixed(const char* x, int64_t step, const RowLength* segments, int6
     SK_UNROLL for (int r = 0; r < cells; ++r)
         __builtin_prefetch(y + segments[ahead].row * row + r * kCell<T>, 1);
     T* out = y + segments[s].row * row;
-    int64_t length = segments[s].length;
-    off += length, val += length;
-    Vec<T> acc[cells * kVectors];
-    SK_UNROLL for (int v = 0; v < cells * kVectors; ++v) acc[v] = load(out + v * kLanes<T>);
-    for (; length > 32; --length) csr_step<T, cells, dense_step>(acc, x, off[-length], val[-length], step);
-    switch (length) {
-      SK_CASES32
-      case 0:
-        break;
-      default:
-        __builtin_unreachable();
+    Vec<T> acc[V];
+    SK_UNROLL for (int v = 0; v < V; ++v) acc[v] = load(out + v * kLanes<T>);
+    for (int64_t left = segments[s].length; left > 0; left -= 32) {
+      const int64_t take = left < 32 ? left : 32;
+      off += take, val += take;
+      switch (take) {
+        SK_CASES32
+        default:
+          break;
+      }
     }
-    SK_UNROLL for (int v = 0; v < cells * kVectors; ++v) store(out + v * kLanes<T>, acc[v]);
+    SK_UNROLL for (int v = 0; v < V; ++v) store(out + v * kLanes<T>, acc[v]);
   }
 }
 

@@ -2,6 +2,7 @@
 // kernels read.
 #pragma once
 
+#include <algorithm>
 #include <memory>
 #include <vector>
 
@@ -17,6 +18,9 @@ namespace sparse_kernels {
 bool forked();
 
 int64_t thread_count();
+
+// Bytes of this processor's second-level cache, one core's (1 MiB if it does not say).
+int64_t second_level_cache();
 
 // f(begin, end) over [0, n), in parallel if `work` (multiply-adds) is worth waking threads for.
 template <class F>
@@ -75,11 +79,15 @@ struct CsrStream {
   int64_t tiles() const { return static_cast<int64_t>(tile_entry.size()) - 1; }
   int64_t entries() const { return tile_entry.back(); }
 
-  // y [rows][cells] += W * x, over all tiles.
-  void spmm(const Kernels<T>& kernel, int64_t cells, const char* x, int64_t step, T* y) const {
+  // y [rows][cells] += W * x for `count` activation tiles, x_pitch bytes and y_pitch elements apart. Tile
+  // of columns by tile of columns, so that its piece of the stream stays in cache for all of them.
+  void spmm(const Kernels<T>& kernel, int64_t cells, const char* x, int64_t x_pitch, int64_t step, T* y,
+            int64_t y_pitch, int64_t count) const {
     for (int64_t t = 0; t < tiles(); ++t)
-      kernel.csr_spmm(cells, x, step, segments.get() + tile_segment[t], tile_segment[t + 1] - tile_segment[t],
-                      off.get() + tile_entry[t], val.get() + tile_entry[t], y);
+      for (int64_t i = 0; i < count; ++i)
+        kernel.csr_spmm(cells, x + i * x_pitch, step, segments.get() + tile_segment[t],
+                        tile_segment[t + 1] - tile_segment[t], off.get() + tile_entry[t],
+                        val.get() + tile_entry[t], y + i * y_pitch);
   }
 
   // Cuts every tile's segments into `parts` of nearly equal entries: part p of tile t is segments
@@ -110,12 +118,12 @@ inline void check_tile_bytes(int64_t bytes) {
                   " bytes exceeds the kernels' 4 GiB; use smaller images or fewer features");
 }
 
-// Cells (of 16 float or 8 double tokens) to a tile: 4 give the best arithmetic per load; fewer when the
-// tokens would not fill them or leave threads without a tile. Results do not depend on it.
+// Cells (of 16 float or 8 double tokens) to a tile, for `tokens` tokens shared by `threads`: 4 give the best
+// arithmetic per load; fewer when the tokens would not fill them or leave threads without a tile.
 template <class T>
-int64_t tile_cells(int64_t tokens, double work) {
+int64_t tile_cells(int64_t tokens, int64_t threads) {
   const int64_t cell = kCellSize / static_cast<int64_t>(sizeof(T));
-  const int64_t share = (tokens + worthwhile_threads(work) - 1) / worthwhile_threads(work);
+  const int64_t share = (tokens + threads - 1) / threads;
   for (int64_t cells : {4, 2})
     if (share > cells / 2 * cell) return cells;
   return 1;

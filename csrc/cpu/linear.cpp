@@ -52,7 +52,7 @@ class Side {
   // out [features][cells] += W * in.
   void spmm(const Kernels<T>& kernel, const T* in, T* out) const {
     const char* x = reinterpret_cast<const char*>(in);
-    if (stream_) return stream_->spmm(kernel, cells_, x, kCellSize, out);
+    if (stream_) return stream_->spmm(kernel, cells_, x, 0, kCellSize, out, 0, 1);
     const int64_t outputs = transposed_ ? shape_.b_in : shape_.b_out;
     const int64_t lanes = cells_ * kCellSize / static_cast<int64_t>(sizeof(T));
     for (int64_t r = 0; r < (transposed_ ? shape_.cols : shape_.rows); ++r) {
@@ -94,7 +94,7 @@ template <class T>
 void forward(const Shape& shape, const T* x, const T* values, const T* bias, const int32_t* index, T* y) {
   const Kernels<T>& kernel = kernels_for<T>();
   const IndexView<const int32_t> view(index, shape.index());
-  const int64_t cells = tile_cells<T>(shape.tokens, shape.work());
+  const int64_t cells = tile_cells<T>(shape.tokens, worthwhile_threads(shape.work()));
   const int64_t lanes = cells * kCellSize / static_cast<int64_t>(sizeof(T));
   check_tile_bytes(shape.in * cells * kCellSize);
   const Side<T> side(shape, view, values, false, true, cells);
@@ -109,6 +109,9 @@ void forward(const Shape& shape, const T* x, const T* values, const T* bias, con
     }
   });
 }
+
+// Cells of tokens that a block's gradient is summed over in registers before lanes are added up.
+constexpr int64_t kCellsAtOnce = 16;
 
 // Weight gradient of a chunk of packed tiles: dw (stream order for CSR) += dY^T X at the active
 // positions. Each thread owns some entries over all tiles, in order: the same sums for any number of
@@ -137,7 +140,6 @@ void weight_gradient(const Shape& shape, const Side<T>& side, int64_t cells, con
     });
     return;
   }
-  constexpr int64_t kCellsAtOnce = 32;
   parallel(shape.rows, work, [&](int64_t first, int64_t last) {
     std::vector<int64_t> x_cell, d_cell;
     for (int64_t c0 = 0; c0 < tiles * cells; c0 += kCellsAtOnce) {
@@ -173,7 +175,8 @@ void backward(const Shape& shape, const T* dy, const T* x, const T* values, cons
   }
   if (dx == nullptr && dw == nullptr) return;
 
-  const int64_t cells = tile_cells<T>(shape.tokens, shape.work());
+  // Not a function of the threads where sums over tokens follow the tiles.
+  const int64_t cells = tile_cells<T>(shape.tokens, dw != nullptr ? 1 : worthwhile_threads(shape.work()));
   const int64_t lanes = cells * kCellSize / static_cast<int64_t>(sizeof(T));
   check_tile_bytes(std::max(shape.in, shape.out) * cells * kCellSize);
   std::unique_ptr<Side<T>> columns, rows;
@@ -181,11 +184,12 @@ void backward(const Shape& shape, const T* dy, const T* x, const T* values, cons
   if (dw != nullptr) rows = std::make_unique<Side<T>>(shape, view, values, false, false, cells);
 
   // Panels of x and dY are kept for the weight gradient: one tile a thread at a time, so that they are
-  // still in cache when it reads them.
+  // still in cache when it reads them; for blocks, whose sums are reduced once for kCellsAtOnce cells, a
+  // whole number of those.
   const int64_t tiles = (shape.tokens + lanes - 1) / lanes;
-  const int64_t chunk =
-      dw == nullptr ? tiles
-                    : std::clamp<int64_t>(worthwhile_threads(shape.work()), 1, std::max<int64_t>(tiles, 1));
+  const int64_t unit = shape.csr ? 1 : kCellsAtOnce / cells;
+  const int64_t wanted = (worthwhile_threads(shape.work()) + unit - 1) / unit * unit;
+  const int64_t chunk = std::min(dw == nullptr ? tiles : wanted, tiles);
   const Buffer<T> xs(dw != nullptr ? chunk * shape.in * lanes : 0),
       ds(dw != nullptr ? chunk * shape.out * lanes : 0);
   const Buffer<T> sums(dw != nullptr && shape.csr ? shape.n : 0);

@@ -35,7 +35,7 @@ class SparseLayer(nn.Module):
         shape = (
             (topology.nnz,) if topology.block_size == (1, 1) else (topology.n_blocks, *topology.block_size)
         )
-        factory = {"device": topology.device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": topology.device, "dtype": dtype}
         self.values = nn.Parameter(torch.empty(shape, **factory))
         if bias:
             self.bias = nn.Parameter(torch.empty(topology.shape[0], **factory))
@@ -108,10 +108,10 @@ class SparseLayer(nn.Module):
         """Copy values at the active positions, bias, and what a module carries besides its weights."""
         with torch.no_grad():
             self.values.copy_(self.topology.gather(module.weight.detach()))
-            if self.bias is not None:
+            if self.bias is not None and module.bias is not None:
                 self.bias.copy_(module.bias)
         self.values.requires_grad_(module.weight.requires_grad)
-        if self.bias is not None:
+        if self.bias is not None and module.bias is not None:
             self.bias.requires_grad_(module.bias.requires_grad)
         self.train(module.training)
 
@@ -173,10 +173,13 @@ class SparseLayer(nn.Module):
                 got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
                 problem = f"values must have shape {tuple(self.values.shape)}, got {got}"
             bias = state_dict.get(prefix + "bias", self.bias)
-            if not problem and self.bias is not None:
-                if not isinstance(bias, Tensor) or bias.shape != self.bias.shape:
-                    got = tuple(bias.shape) if isinstance(bias, Tensor) else type(bias).__name__
-                    problem = f"bias must have shape {tuple(self.bias.shape)}, got {got}"
+            if (
+                not problem
+                and self.bias is not None
+                and not (isinstance(bias, Tensor) and bias.shape == self.bias.shape)
+            ):
+                got = tuple(bias.shape) if isinstance(bias, Tensor) else type(bias).__name__
+                problem = f"bias must have shape {tuple(self.bias.shape)}, got {got}"
             if not problem:
                 self.topology.load_arrays_(found["row_ptr"], found["col_idx"])
         elif present and len(present) < 3:

@@ -127,7 +127,7 @@ class SparseConv2d(SparseLayer):
             self.dilation,
             self.groups,
             self.bias is not None,
-            self.padding_mode,
+            self.padding_mode,  # type: ignore[arg-type]  # a str that the constructor has checked
             device=self.values.device,
             dtype=self.values.dtype,
         )

@@ -22,7 +22,20 @@ import sparse_kernels as sk
 from sparse_kernels import testing
 
 BIG = (255, 256, 257, 511, 1000, 1024)
-BLOCKS = ((2, 2), (3, 3), (4, 4), (8, 8), (16, 16), (32, 32), (4, 2), (2, 4), (1, 8), (16, 1), (3, 5), (8, 32))
+BLOCKS = (
+    (2, 2),
+    (3, 3),
+    (4, 4),
+    (8, 8),
+    (16, 16),
+    (32, 32),
+    (4, 2),
+    (2, 4),
+    (1, 8),
+    (16, 1),
+    (3, 5),
+    (8, 32),
+)
 DENSITIES = (0.01, 0.1, 0.5)
 CONF = ((1, 1), (0, 0), (1, 1))
 MAX_WORK = 4_000_000  # dense multiply-adds of one case
@@ -61,7 +74,8 @@ def _extent(rng: random.Random, block: int, smallest: int, big: bool) -> int:
 
 def _pattern(rng: random.Random) -> tuple[str, float]:
     kind = rng.choices(
-        ["uniform", "skew", "none", "one", "all", *testing.PATTERNS], [10, 6, 1, 2, 3, *[0.5] * len(testing.PATTERNS)]
+        ["uniform", "skew", "none", "one", "all", *testing.PATTERNS],
+        [10, 6, 1, 2, 3, *[0.5] * len(testing.PATTERNS)],
     )[0]
     return kind, rng.choice(DENSITIES)
 
@@ -134,7 +148,9 @@ def conv_case(seed: int, dtype: torch.dtype = torch.float32, integers: bool = Fa
 KINDS = {"linear": linear_case, "conv": conv_case}
 
 
-def cases(kind: str, dtype: torch.dtype, count: int, first: int = 0, integers: bool = False) -> Iterator[Case]:
+def cases(
+    kind: str, dtype: torch.dtype, count: int, first: int = 0, integers: bool = False
+) -> Iterator[Case]:
     for seed in range(first, first + count):
         yield KINDS[kind](seed, dtype, integers)
 
@@ -155,7 +171,9 @@ def run(case: Case, backend: str = "cpu") -> dict[str, Tensor]:
 def dense_run(case: Case) -> dict[str, Tensor]:
     """The same through torch's dense library, in the dtype of the case."""
     bias = case.bias
-    leaves = [case.x.detach(), case.topology.to_dense(case.values.detach())] + ([] if bias is None else [bias.detach()])
+    leaves = [case.x.detach(), case.topology.to_dense(case.values.detach())] + (
+        [] if bias is None else [bias.detach()]
+    )
     leaves = [t.requires_grad_() for t in leaves]
     y = case.dense_forward(leaves[0], leaves[1], None if bias is None else leaves[2])
     grads = torch.autograd.grad(y, leaves, case.dy)

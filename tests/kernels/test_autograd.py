@@ -33,7 +33,9 @@ def small_case(kind, seed):
         kernel = rng.choice(((1, 1), (2, 2), (1, 3), (3, 2)))
         conf = tuple((rng.randint(low, 2), rng.randint(low, 2)) for low in (1, 0, 1))
         out, inner = (b * rng.randint(1, 2) for b in block)
-        topology = testing.random_topology((groups * out, inner, *kernel), pattern, 0.4, block, groups, generator)
+        topology = testing.random_topology(
+            (groups * out, inner, *kernel), pattern, 0.4, block, groups, generator
+        )
         x = fill(batch, groups * inner, 5, 6)
         if rng.random() < 0.4:
             x = x.contiguous(memory_format=torch.channels_last)

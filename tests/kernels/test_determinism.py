@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 
 import kernel_cases as kc
 import pytest
@@ -59,13 +60,40 @@ def test_threads_and_repeats_do_not_change_a_bit(case, threads):
         assert digest(kc.run(case)) == wanted, f"{case.name}: repeat {repeat}"
 
 
-def test_a_result_does_not_depend_on_the_rest_of_the_batch_being_there():
-    """Not promised across shapes in general; promised: the same call after other calls in between."""
-    case = next(big_cases())
-    wanted = digest(kc.run(case))
-    for other in kc.cases("linear", torch.float64, 20, 300):
-        kc.run(other)
-    assert digest(kc.run(case)) == wanted
+def large_cases(kind, count):
+    """Random cases with work enough for several threads, counted at their density."""
+    for seed in range(10_000):
+        if kind == "conv":
+            case = kc.conv_case(seed, torch.float32)
+        else:
+            rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+            block = rng.choice(((1, 1), (1, 1), *kc.BLOCKS))
+            out, inner = (rng.randint(200, 700) // b * b for b in block)
+            topology = testing.random_topology((out, inner), "skew", 0.2, block, generator=generator)
+            shape = (topology.nnz,) if block == (1, 1) else (topology.n_blocks, *block)
+            values = torch.randn(shape, generator=generator)
+            x, dy = (torch.randn(rng.randint(20, 300), n, generator=generator) for n in (inner, out))
+            batch = min(len(x), len(dy))
+            case = kc.Case(f"linear {seed} {topology}", x[:batch], values, topology, None, dy[:batch])
+        if case.topology.nnz * case.dy.numel() / max(1, case.topology.shape[0]) > 2_500_000:
+            yield case
+            count -= 1
+            if count == 0:
+                return
+    raise AssertionError("too few large cases")
+
+
+@pytest.mark.parametrize("kind", list(kc.KINDS))
+def test_random_shapes_do_not_depend_on_the_thread_count(kind, threads, monkeypatch):
+    """How a product is cut into tiles may follow the threads; the order of its sums may not."""
+    monkeypatch.setattr(kc, "MAX_WORK", 60_000_000)
+    for case in large_cases(kind, 40):
+        threads(1)
+        wanted = kc.run(case)
+        for count in (2, 3, 4):
+            threads(count)
+            for name, value in kc.run(case).items():
+                assert torch.equal(value, wanted[name]), f"{case.name}: {name} with {count} threads"
 
 
 @pytest.mark.parametrize("kind", list(kc.KINDS))

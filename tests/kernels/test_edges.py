@@ -92,7 +92,9 @@ def test_conv_edges(block, backend):
             tensors = [fill(generator, *size).to(dtype), wide.to(dtype)]
             tensors += [fill(generator, shape[0]).to(dtype)] if biased else []
             with sk.use_backend(backend):
-                ours = run(lambda x, v, b=None, t=topology, c=conf: sk.functional.conv2d(x, v, t, b, *c), *tensors)
+                ours = run(
+                    lambda x, v, b=None, t=topology, c=conf: sk.functional.conv2d(x, v, t, b, *c), *tensors
+                )
             assert ours[0].dtype == dtype, label
             tensors = [t.double() for t in tensors]
             tensors[1] = topology.to_dense(tensors[1])

@@ -1,4 +1,4 @@
-"""Forked and spawned processes (drill D30). Each scenario in a process of its own, so that a hang is a failure."""
+"""Forked and spawned processes (drill D30), each scenario in a process of its own: a hang is a failure."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def work():
 
 def products():  # the operators alone: torch's own parallel operations hang in a forked child
     with torch.no_grad(), sk.use_backend("cpu"):
-        return sk.functional.linear(x, values, topology), sk.functional.conv2d(image, filters, conv, padding=1)
+        y = sk.functional.linear(x, values, topology)
+        return y, sk.functional.conv2d(image, filters, conv, padding=1)
 
 def same(a, b):
     return all(bool((p.numpy() == q.numpy()).all()) for p, q in zip(a, b, strict=True))
@@ -48,7 +49,8 @@ class Data(torch.utils.data.Dataset):
 if __name__ == "__main__":
     torch.set_num_threads(2)
     wanted = work()
-    loader = torch.utils.data.DataLoader(Data(), batch_size=5, num_workers=2, multiprocessing_context="fork", timeout=30)
+    options = {"num_workers": 2, "multiprocessing_context": "fork", "timeout": 30}
+    loader = torch.utils.data.DataLoader(Data(), batch_size=5, **options)
     for epoch in range(5):
         for batch in loader:
             assert bool(batch.all())
@@ -114,7 +116,12 @@ def test_processes(name, body, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
     try:
         done = subprocess.run(
-            [sys.executable, str(script)], capture_output=True, text=True, timeout=90, check=False, env=environment
+            [sys.executable, str(script)],
+            capture_output=True,
+            text=True,
+            timeout=90,
+            check=False,
+            env=environment,
         )
     except subprocess.TimeoutExpired:
         pytest.fail(f"{name}: hangs")

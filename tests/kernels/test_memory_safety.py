@@ -8,6 +8,7 @@ from dataclasses import replace
 import kernel_cases as kc
 import pytest
 import torch
+from torch.nn import functional as F
 
 from sparse_kernels import _ops, testing
 
@@ -92,35 +93,35 @@ def entries(topology):
 
 
 def by_entry(case):
-    """All products as sums over stored weights, in float64: 0 * NaN of an inactive weight never appears."""
+    """All products as sums over stored weights, in float64: 0 * NaN of an inactive weight never appears.
+
+    Outside an image (x in its padding, dY beyond its edge) a stored weight meets zeros that count, as in a
+    dense convolution: an infinite weight gives NaN there.
+    """
     x, values, dy = case.x.double(), case.values.double().flatten(), case.dy.double()
+    shape = case.topology.shape
     if case.conf is None:  # a 1x1 convolution over a line of tokens
-        x, dy = x.t()[None, :, :, None], dy.t()[None, :, :, None]
+        x, dy, shape = x.t()[None, :, :, None], dy.t()[None, :, :, None], (*shape, 1, 1)
     (sh, sw), (ph, pw), (dh, dw) = case.conf or kc.CONF
+    far_h, far_w = shape[2] * dh + ph, shape[3] * dw + pw
+    wide_x, wide_dy = F.pad(x, (pw, pw, ph, ph)), F.pad(dy, (far_w, far_w, far_h, far_h))
     y, dx, dvalues = torch.zeros_like(dy), torch.zeros_like(x), torch.zeros_like(values)
     if case.bias is not None:
         y += case.bias.double()[:, None, None]
-    height, width, oh, ow = *x.shape[2:], *dy.shape[2:]
+    oh, ow = dy.shape[2:]
     for e, (group, out, inner, kh, kw) in enumerate(entries(case.topology)):
-        channel = group * case.topology.shape[1] + inner
-        # Output pixels whose tap falls inside the image; the others see padding, which contributes nothing.
-        top, left = kh * dh - ph, kw * dw - pw
-        h0, w0 = max(0, -(top // sh)), max(0, -(left // sw))
-        h1, w1 = min(oh, (height - 1 - top) // sh + 1), min(ow, (width - 1 - left) // sw + 1)
-        if h1 <= h0 or w1 <= w0:
-            continue
-        rows = slice(top + h0 * sh, top + (h1 - 1) * sh + 1, sh)
-        cols = slice(left + w0 * sw, left + (w1 - 1) * sw + 1, sw)
-        seen, above = x[:, channel, rows, cols], dy[:, out, h0:h1, w0:w1]
-        y[:, out, h0:h1, w0:w1] += values[e] * seen
-        dx[:, channel, rows, cols] += values[e] * above
-        dvalues[e] = (seen * above).sum()
+        channel, top, left = group * shape[1] + inner, kh * dh, kw * dw
+        seen = wide_x[:, channel, top : top + (oh - 1) * sh + 1 : sh, left : left + (ow - 1) * sw + 1 : sw]
+        y[:, out] += values[e] * seen
+        dvalues[e] = (seen * dy[:, out]).sum()
+        # The input pixels that this tap reads with the given stride, and the outputs that read them.
+        h, w = (top - ph) % sh, (left - pw) % sw
+        target = dx[:, channel, h::sh, w::sw]
+        i, j = far_h + (h + ph - top) // sh, far_w + (w + pw - left) // sw
+        target += values[e] * wide_dy[:, out, i : i + target.shape[1], j : j + target.shape[2]]
     if case.conf is None:
         y, dx = y[0, :, :, 0].t(), dx[0, :, :, 0].t()
-        dbias = case.dy.double().sum(0)
-    else:
-        dbias = dy.sum((0, 2, 3))
-    return {"y": y, "dx": dx, "dvalues": dvalues.view_as(case.values), "dbias": dbias}
+    return {"y": y, "dx": dx, "dvalues": dvalues.view_as(case.values), "dbias": dy.sum((0, 2, 3))}
 
 
 def few_entries(kind, count, first, dtype):
@@ -140,7 +141,9 @@ def test_non_finite_values_reach_exactly_what_an_active_weight_connects(kind, dt
     for seed, case in few_entries(kind, 200, 9000, dtype):
         rng = random.Random(seed)
         amounts = rng.choice(((3, 0, 0), (0, 2, 0), (0, 0, 3), (2, 1, 2), (20, 5, 20)))
-        x, values, dy = (spoil(t, rng, n) for t, n in zip((case.x, case.values, case.dy), amounts, strict=True))
+        x, values, dy = (
+            spoil(t, rng, n) for t, n in zip((case.x, case.values, case.dy), amounts, strict=True)
+        )
         bias = None if case.bias is None else spoil(case.bias, rng, rng.choice((0, 1)))
         case = replace(case, x=x, values=values, dy=dy, bias=bias)
         results, exact = kc.run(case), by_entry(case)

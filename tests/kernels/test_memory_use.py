@@ -89,7 +89,12 @@ def measure(body: str, tmp_path: Path) -> list[float]:
     script.write_text(textwrap.dedent(PRELUDE) + textwrap.dedent(body))
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
     done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False, env=environment
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=environment,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return [float(word) for word in done.stdout.split()]

@@ -20,7 +20,9 @@ def build_linear(inner, out, pattern="uniform", block=1, bias=True, density=0.15
 
 
 def build_conv(inner, out, kernel, pattern="uniform", block=1, density=0.15, groups=1, **options):
-    topology = testing.random_topology((out, inner // groups, *kernel), pattern, density, block, groups, seeded())
+    topology = testing.random_topology(
+        (out, inner // groups, *kernel), pattern, density, block, groups, seeded()
+    )
     dense = torch.nn.Conv2d(inner, out, kernel, groups=groups, dtype=torch.float64, **options)
     return sk.SparseConv2d.from_dense(dense, mask=topology.mask(), block_size=block)
 
@@ -133,7 +135,11 @@ CONV = {
     "unbatched, circular": ((6, 8, (3, 3)), (9, 8), {"padding": 1, "padding_mode": "circular"}),
     "no bias": ((6, 8, (3, 3)), (2, 9, 8), {"bias": False}),
     "blocks": ((8, 16, (3, 3)), (2, 9, 8), {"block": 4, "padding": 1}),
-    "blocks of 16, groups": ((32, 64, (3, 3)), (2, 6, 5), {"block": 16, "groups": 2, "padding": 1, "density": 0.3}),
+    "blocks of 16, groups": (
+        (32, 64, (3, 3)),
+        (2, 6, 5),
+        {"block": 16, "groups": 2, "padding": 1, "density": 0.3},
+    ),
     "oblong blocks, stride 2": ((6, 16, (3, 3)), (2, 9, 8), {"block": (8, 3), "stride": 2}),
     "blocks, nnz 0": ((8, 16, (3, 3)), (2, 9, 8), {"block": 4, "pattern": "none"}),
 }
@@ -170,10 +176,14 @@ def test_conv(name, dtype, layout, backend):
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("dtype", testing.NATIVE_DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["step", "transposed"])
-@pytest.mark.parametrize("name", ["plain", "stride 2", "unbatched", "circular", "same, even kernel", "blocks"])
+@pytest.mark.parametrize(
+    "name", ["plain", "stride 2", "unbatched", "circular", "same, even kernel", "blocks"]
+)
 def test_conv_inputs_of_any_stride(name, layout, dtype):
     (inner, out, kernel), size, options = CONV[name]
-    check_against_masked_dense(build_conv(inner, out, kernel, **options), image(inner, size, layout, dtype), dtype)
+    check_against_masked_dense(
+        build_conv(inner, out, kernel, **options), image(inner, size, layout, dtype), dtype
+    )
 
 
 def test_a_deep_net_has_the_gradients_of_its_dense_twin():

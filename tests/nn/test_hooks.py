@@ -15,8 +15,12 @@ from sparse_kernels.growth import GrowthScorer
 def layer_and_input(kind):
     generator = torch.Generator().manual_seed(0)
     if kind == "linear":
-        return sk.SparseLinear(64, 48, density=0.1, generator=generator), torch.randn(9, 64, generator=generator)
-    return sk.SparseConv2d(8, 6, 3, density=0.1, generator=generator), torch.randn(2, 8, 9, 9, generator=generator)
+        return sk.SparseLinear(64, 48, density=0.1, generator=generator), torch.randn(
+            9, 64, generator=generator
+        )
+    return sk.SparseConv2d(8, 6, 3, density=0.1, generator=generator), torch.randn(
+        2, 8, 9, 9, generator=generator
+    )
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])

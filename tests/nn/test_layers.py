@@ -16,7 +16,9 @@ def seeded(seed=0):
 def make(kind, block_size=1, density=0.25, **options):
     if kind == "linear":
         return sk.SparseLinear(24, 16, density=density, block_size=block_size, generator=seeded(), **options)
-    return sk.SparseConv2d(8, 16, 3, padding=1, density=density, block_size=block_size, generator=seeded(), **options)
+    return sk.SparseConv2d(
+        8, 16, 3, padding=1, density=density, block_size=block_size, generator=seeded(), **options
+    )
 
 
 def sample(kind, dtype=torch.float32, seed=1):
@@ -38,11 +40,14 @@ def test_linear_has_the_attributes_of_nn_linear():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"stride": 2}, {"stride": (1, 2), "padding": (0, 1)}, {"padding": "same", "dilation": 2}, {"groups": 2},
-     {"padding": 1, "padding_mode": "circular"}, {"bias": False}],
+    [{}, {"stride": 2}, {"stride": (1, 2), "padding": (0, 1)}, {"padding": "same", "dilation": 2},
+     {"groups": 2}, {"padding": 1, "padding_mode": "circular"}, {"bias": False}],
 )  # fmt: skip
 def test_conv_has_the_attributes_of_nn_conv2d(options):
-    layer, dense = sk.SparseConv2d(4, 6, (3, 1), density=0.5, **options), torch.nn.Conv2d(4, 6, (3, 1), **options)
+    layer, dense = (
+        sk.SparseConv2d(4, 6, (3, 1), density=0.5, **options),
+        torch.nn.Conv2d(4, 6, (3, 1), **options),
+    )
     names = "in_channels out_channels kernel_size stride padding dilation groups padding_mode training"
     for name in names.split():
         assert getattr(layer, name) == getattr(dense, name), name
@@ -63,13 +68,22 @@ def test_repr_says_what_is_stored():
         "SparseLinear(in_features=10, out_features=20, bias=True, CSR, density=0.1, nnz=20)"
     )
     text = repr(sk.SparseConv2d(8, 16, 3, stride=2, density=0.25, block_size=(4, 2), bias=False))
-    for part in ("8, 16", "kernel_size=(3, 3)", "stride=(2, 2)", "BSR 4x2", "density=0.25", "nnz=288", "bias=False"):
+    for part in (
+        "8, 16",
+        "kernel_size=(3, 3)",
+        "stride=(2, 2)",
+        "BSR 4x2",
+        "density=0.25",
+        "nnz=288",
+        "bias=False",
+    ):
         assert part in text
 
 
 @pytest.mark.parametrize(
     ("density", "block_size", "nnz"),
-    [(0.1, 1, 100), (0.2, 1, 200), (0.0, 1, 0), (1.0, 1, 1000), (0.001, 1, 1), (0.0001, 1, 1), (0.3, 5, 300), (0.33, (2, 5), 330)],
+    [(0.1, 1, 100), (0.2, 1, 200), (0.0, 1, 0), (1.0, 1, 1000), (0.001, 1, 1), (0.0001, 1, 1), (0.3, 5, 300),
+     (0.33, (2, 5), 330)],
 )  # fmt: skip
 def test_density_is_exact(density, block_size, nnz):
     layer = sk.SparseLinear(50, 20, density=density, block_size=block_size)
@@ -167,8 +181,8 @@ def test_values_keep_their_identity_through_training_and_updates(kind):
         ((10, 12), {"density": 1.5}, r"density must be a number in \[0, 1\], got 1.5"),
         ((10, 12), {"density": -0.1}, "density"),
         ((10, 12), {"density": float("nan")}, "density"),
-        ((10, 12), {"density": 0.5, "block_size": 4}, "does not divide the in dimension 10; sizes that fit: 1, 2"),
-        ((12, 10), {"density": 0.5, "block_size": (4, 4)}, "does not divide the out dimension 10; sizes that fit: 1, 2"),
+        ((10, 12), {"density": 0.5, "block_size": 4}, "the in dimension 10; sizes that fit: 1, 2"),
+        ((12, 10), {"density": 0.5, "block_size": (4, 4)}, "the out dimension 10; sizes that fit: 1, 2"),
         ((10, 12), {"density": 0.5, "block_size": 0}, "block_size"),
         ((10, 12), {"density": 0.5, "block_size": -2}, "block_size"),
         ((10, 12), {"density": 0.5, "block_size": 2.0}, "block_size"),
@@ -185,7 +199,7 @@ def test_bad_linear_arguments_are_named(arguments, options, message):
     [
         ((4, 6, 3), {"groups": 3}, "groups must divide in_channels and out_channels, got 3 for 4 and 6"),
         ((4, 6, 3), {"groups": 0}, "groups"),
-        ((4, 6, 3), {"padding_mode": "mirror"}, "padding_mode must be one of zeros, reflect, replicate, circular"),
+        ((4, 6, 3), {"padding_mode": "mirror"}, "one of zeros, reflect, replicate, circular"),
         ((4, 6, 3), {"padding": "full"}, "padding"),
         ((4, 6, 3), {"padding": "same", "stride": 2}, "stride 1"),
         ((4, 6, 3), {"block_size": 4}, "out dimension 6; sizes that fit: 1, 2"),
@@ -251,7 +265,10 @@ def test_functional_checks_its_parts():
 
 def test_backends_are_checked_and_restored():
     layer, x = make("linear"), sample("linear")
-    with pytest.raises(ValueError, match="backend must be one of .*reference.*got 'gpu'"), sk.use_backend("gpu"):
+    with (
+        pytest.raises(ValueError, match="backend must be one of .*reference.*got 'gpu'"),
+        sk.use_backend("gpu"),
+    ):
         pass
     for name in ("triton", "cuda"):
         with sk.use_backend(name), pytest.raises(RuntimeError, match=f'"{name}" cannot run'):
@@ -278,7 +295,9 @@ def test_to_dtype(kind, dtype):
     y.sum().backward()
     assert y.dtype == x.grad.dtype == layer.values.grad.dtype == dtype
     exact = layer.double()(x.detach().double())
-    torch.testing.assert_close(y.double(), exact, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(
+        y.double(), exact, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -46,7 +46,9 @@ def train_a_little(layer, kind):
     topology.validate()
 
 
-CASES = pytest.mark.parametrize(("kind", "block_size"), [("linear", 1), ("linear", (4, 2)), ("conv", 1), ("conv", 4)])
+CASES = pytest.mark.parametrize(
+    ("kind", "block_size"), [("linear", 1), ("linear", (4, 2)), ("conv", 1), ("conv", 4)]
+)
 
 
 @CASES

@@ -47,7 +47,7 @@ def test_the_hand_fixture() -> None:
     layer(GRADIENT).sum().backward()
     optimizer.step()
     assert (updater.step_count, updater.updates, updater.updated) == (1, 1, False)
-    assert layer.values[3] == pytest.approx(0.07)
+    assert layer.values[3].item() == pytest.approx(0.07)
 
 
 def tiny(seed: int = 0, sparsity: float = 0.8, block_size: int = 1) -> nn.Sequential:

@@ -52,7 +52,9 @@ def test_scores_stay_within_the_componentwise_bound(kind, dtype):
         k = 7
         growth = score(case, k, "l1")
         assert growth.finite, case.name
-        testing.assert_componentwise(growth.active, exact[topology.positions()], size[topology.positions()], name=case.name)
+        testing.assert_componentwise(
+            growth.active, exact[topology.positions()], size[topology.positions()], name=case.name
+        )
         found = growth.positions
         assert found.numel() == min(k, topology.rows * topology.cols - topology.n_blocks), case.name
         testing.assert_componentwise(growth.scores, exact[found], size[found], name=case.name)
@@ -132,7 +134,10 @@ def test_deferred_pairs_are_summed():
     topology = Topology.random((12, 18), 0.25, generator=torch.Generator().manual_seed(3))
     generator = torch.Generator().manual_seed(4)
     pairs = [
-        (torch.randn(5, 18, generator=generator, dtype=torch.float64), torch.randn(5, 12, generator=generator, dtype=torch.float64))
+        (
+            torch.randn(5, 18, generator=generator, dtype=torch.float64),
+            torch.randn(5, 12, generator=generator, dtype=torch.float64),
+        )
         for _ in range(3)
     ]
     scorer = GrowthScorer(topology, 9, defer=True)

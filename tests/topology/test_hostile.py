@@ -87,8 +87,8 @@ def not_a_tensor(rng, ptr, idx, cols):
 
 
 CORRUPTIONS = (
-    out_of_range, negative, unsorted, duplicate, not_monotone, wrong_first, wrong_last, wrong_length, wrong_dims,
-    wrong_dtype, not_a_tensor,
+    out_of_range, negative, unsorted, duplicate, not_monotone, wrong_first, wrong_last, wrong_length,
+    wrong_dims, wrong_dtype, not_a_tensor,
 )  # fmt: skip
 
 

@@ -16,14 +16,20 @@ from sparse_kernels.topology import active_count, normalize_block_size
 def random_topologies(count):
     for seed in range(count):
         rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-        block = (1, 1) if rng.random() < 0.4 else rng.choice(((2, 2), (3, 3), (4, 2), (1, 8), (16, 1), (8, 8)))
-        rows, cols = (rng.choice((0, 1, rng.randint(2, 12), rng.randint(2, 130 // max(block)))) for _ in range(2))
+        block = (
+            (1, 1) if rng.random() < 0.4 else rng.choice(((2, 2), (3, 3), (4, 2), (1, 8), (16, 1), (8, 8)))
+        )
+        rows, cols = (
+            rng.choice((0, 1, rng.randint(2, 12), rng.randint(2, 130 // max(block)))) for _ in range(2)
+        )
         groups, kernel = 1, ()
         if rng.random() < 0.4:
             groups, kernel = rng.choice((1, 1, 2)), rng.choice(((1, 1), (3, 3), (2, 5)))
         shape = (groups * rows * block[0], cols * block[1], *kernel)
         pattern = rng.choice(testing.PATTERNS)
-        topology = testing.random_topology(shape, pattern, rng.choice((0.01, 0.1, 0.5)), block, groups, generator)
+        topology = testing.random_topology(
+            shape, pattern, rng.choice((0.01, 0.1, 0.5)), block, groups, generator
+        )
         yield topology, generator, f"seed {seed}: {topology} {pattern}"
 
 
@@ -41,10 +47,14 @@ def test_conversions_follow_the_definition():
     for topology, generator, label in random_topologies(300):
         weight = torch.randn(topology.shape, generator=generator, dtype=torch.float64)
         values = topology.gather(weight)
-        assert values.shape == ((topology.nnz,) if topology.block_size == (1, 1) else (topology.n_blocks, *topology.block_size))
+        assert values.shape == (
+            (topology.nnz,) if topology.block_size == (1, 1) else (topology.n_blocks, *topology.block_size)
+        )
         rebuilt, mask = torch.zeros_like(weight), torch.zeros(topology.shape, dtype=torch.bool)
         for i, place in enumerate(blocks_by_definition(topology)):
-            assert torch.equal(values[i], weight[place].squeeze() if values.dim() == 1 else weight[place]), label
+            assert torch.equal(values[i], weight[place].squeeze() if values.dim() == 1 else weight[place]), (
+                label
+            )
             rebuilt[place], mask[place] = weight[place], True
         assert torch.equal(topology.to_dense(values), rebuilt), label
         assert torch.equal(topology.mask(), mask), label
@@ -63,7 +73,8 @@ def test_index_arrays_are_each_others_transpose():
         assert topology.perm.tolist() == order, label
         assert topology.row_idx.tolist() == [entries[i][0] for i in order], label
         counts = torch.bincount(
-            torch.tensor([c for c, _ in columns], dtype=torch.int64), minlength=topology.groups * topology.cols
+            torch.tensor([c for c, _ in columns], dtype=torch.int64),
+            minlength=topology.groups * topology.cols,
         )
         assert topology.col_ptr.diff().tolist() == counts.tolist(), label
         assert topology.index.dtype == torch.int32
@@ -136,7 +147,9 @@ def test_validate_names_the_broken_array(broken):
         array = getattr(topology, broken)
         array[array.numel() // 2] += 1
         # Row pointers and columns cannot be told apart: a shifted pointer is also a wrong order of columns.
-        with pytest.raises(ValueError, match="row_ptr|col_idx" if broken in ("row_ptr", "col_idx") else broken):
+        with pytest.raises(
+            ValueError, match="row_ptr|col_idx" if broken in ("row_ptr", "col_idx") else broken
+        ):
             topology.validate()
 
 

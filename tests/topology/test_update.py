@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 import sparse_kernels as sk
-from sparse_kernels import Topology, reorder_, testing
+from sparse_kernels import reorder_, testing
 
 GEOMETRIES = st.sampled_from(
     [
@@ -68,7 +68,10 @@ class Updates(RuleBasedStateMachine):
         grow = candidates[torch.randperm(candidates.numel(), generator=self.generator)[:k]]
         return drop, grow
 
-    @rule(fractions=st.lists(st.sampled_from([0.0, 0.01, 0.3, 1.0]), min_size=1, max_size=4), regrow=st.booleans())
+    @rule(
+        fractions=st.lists(st.sampled_from([0.0, 0.01, 0.3, 1.0]), min_size=1, max_size=4),
+        regrow=st.booleans(),
+    )
     def updates(self, fractions, regrow):
         for fraction in fractions:
             self.update(fraction, regrow)

@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m bench.run --help`. Ratios against torch's best dense, interleaved, medians."""
