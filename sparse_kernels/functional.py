@@ -303,7 +303,7 @@ class _Observe(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, x: Tensor, growth: GrowthScorer, *conf: Any) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(x)
         ctx.growth, ctx.conf = growth, conf
-        return y.view_as(y)
+        return y.clone()  # a view would forbid an in-place activation behind the layer
 
     @staticmethod
     @once_differentiable

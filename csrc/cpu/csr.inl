@@ -158,12 +158,12 @@ SK_INLINE void stream_entries(const StreamSource<T>& from, int64_t at, int64_t c
   }
 }
 
-// Entries of consecutive segments from canonical into stream order. Whole vectors are copied, also past
-// a segment's end (the next segment overwrites that; the stream has room for 16 more), but never past
-// the end of the source. Segments come in the order of lengths, so the next ones are prefetched.
+// `entries` entries of consecutive segments from canonical into stream order. Whole vectors are copied, also
+// past a segment's end (the next segment overwrites that), but never past the end of the source or of these
+// entries. Segments come in the order of lengths, so the next ones are prefetched.
 template <class T, bool table, bool perm>
 void csr_stream_fixed(const StreamSource<T>& from, const RowLength* segments, const int32_t* begin,
-                      const uint32_t* base, int64_t n_segments, uint32_t* off, T* val) {
+                      const uint32_t* base, int64_t n_segments, int64_t entries, uint32_t* off, T* val) {
   constexpr int L = 16;
   const uint32_t scale = from.scale;
   for (int64_t s = 0; s < n_segments; ++s) {
@@ -178,7 +178,7 @@ void csr_stream_fixed(const StreamSource<T>& from, const RowLength* segments, co
       __builtin_prefetch(perm ? (const void*)(from.perm + next + 15) : from.values + next + 15);
     for (int64_t i = 0; i < length; i += L) {
       const int64_t at = begin[s] + i;
-      if (at + L > from.n) {
+      if (at + L > from.n || i + L > entries) {
         stream_entries(from, at, length - i < L ? length - i : L, first, off + i, val + i);
         continue;
       }
@@ -195,20 +195,20 @@ void csr_stream_fixed(const StreamSource<T>& from, const RowLength* segments, co
       }
       __builtin_memcpy(off + i, offs, sizeof(offs));
     }
-    off += length;
+    off += length, entries -= length;
     if (from.values != nullptr) val += length;
   }
 }
 
 template <class T>
 void csr_stream(const StreamSource<T>* from, const RowLength* segments, const int32_t* begin,
-                const uint32_t* base, int64_t n_segments, uint32_t* off, T* val) {
+                const uint32_t* base, int64_t n_segments, int64_t entries, uint32_t* off, T* val) {
   if (from->table != nullptr && from->perm != nullptr)
-    csr_stream_fixed<T, true, true>(*from, segments, begin, base, n_segments, off, val);
+    csr_stream_fixed<T, true, true>(*from, segments, begin, base, n_segments, entries, off, val);
   else if (from->table != nullptr)
-    csr_stream_fixed<T, true, false>(*from, segments, begin, base, n_segments, off, val);
+    csr_stream_fixed<T, true, false>(*from, segments, begin, base, n_segments, entries, off, val);
   else if (from->perm != nullptr)
-    csr_stream_fixed<T, false, true>(*from, segments, begin, base, n_segments, off, val);
+    csr_stream_fixed<T, false, true>(*from, segments, begin, base, n_segments, entries, off, val);
   else
-    csr_stream_fixed<T, false, false>(*from, segments, begin, base, n_segments, off, val);
+    csr_stream_fixed<T, false, false>(*from, segments, begin, base, n_segments, entries, off, val);
 }

@@ -48,7 +48,7 @@ struct Kernels {
   void (*column_sums)(const T* src, int64_t stride, int64_t tokens, int64_t features, T* out);
   void (*fill)(T* panel, int64_t features, int64_t lanes, const T* bias);
   void (*csr_stream)(const StreamSource<T>* from, const RowLength* segments, const int32_t* begin,
-                     const uint32_t* base, int64_t n_segments, uint32_t* off, T* val);
+                     const uint32_t* base, int64_t n_segments, int64_t entries, uint32_t* off, T* val);
   void (*csr_spmm)(int64_t cells, const char* x, int64_t step, const RowLength* segments, int64_t n_segments,
                    const uint32_t* off, const T* val, T* y);
   void (*csr_sddmm)(int64_t cells, const char* x, int64_t step, const char* d, int64_t d_row, int64_t d_step,

@@ -79,7 +79,7 @@ def build(config: Digits) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(config.seed)
     layers: list[nn.Module] = []
     for inner, outer in zip(_SIZES, _SIZES[1:], strict=False):
-        layers += [nn.Linear(inner, outer), nn.ReLU()]
+        layers += [nn.Linear(inner, outer), nn.ReLU(inplace=True)]
     dense = nn.Sequential(*layers[:-1])
     sparse = rigl.sparsify(
         copy.deepcopy(dense),
