@@ -13,6 +13,7 @@ BIN     := $(abspath $(VENV))/bin
 PIP     := $(BIN)/python -m pip --disable-pip-version-check install -qq $(PIP_ARGS)
 export PATH := $(BIN):$(PATH)  # ninja is looked for there
 SOURCES := setup.py $(shell find csrc -type f)
+COMPILE := mkdir -p build; $(BIN)/python setup.py --quiet build_ext --inplace > build/log 2>&1 || { cat build/log; exit 1; }
 # Stamps: what is done in this environment. A change of the right-hand side does it again.
 BASE    := $(VENV)/.base
 PACKAGE := $(VENV)/.package
@@ -41,7 +42,7 @@ bench: $(TRAIN) $(BUILD)  ## time the operators against the dense library
 gpu: export SPARSE_KERNELS_CUDA = 1
 gpu: $(PACKAGE)  ## compile the CUDA module; there are no GPU kernels to check yet
 	@echo "== building with SPARSE_KERNELS_CUDA=1"
-	@$(BIN)/python setup.py --quiet build_ext --inplace
+	@$(COMPILE)
 	@$(BIN)/python -m sparse_kernels.info
 	@echo "The CUDA module compiles. It holds no kernels yet, so nothing was run on a GPU."
 
@@ -52,7 +53,7 @@ lint: $(TEST)  ## ruff, clang-format and mypy
 	  | xargs $(BIN)/clang-format --dry-run --Werror
 	@$(BIN)/mypy
 
-build: $(BUILD)  ## compile what changed
+build: $(PACKAGE) $(BUILD)  ## compile what changed
 
 clean:  ## remove what was built, reports, and the environment
 	rm -rf build dist runs sparse_kernels/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(VENV)
@@ -72,8 +73,7 @@ $(PACKAGE): pyproject.toml | $(BASE)
 
 $(BUILD): $(SOURCES) | $(PACKAGE)
 	@echo "== compiling the C++ part"
-	@mkdir -p build
-	@$(BIN)/python setup.py --quiet build_ext --inplace > build/log 2>&1 || { cat build/log; exit 1; }
+	@$(COMPILE)
 	@touch $@
 
 # The package itself is there by now: these fetch only what the extras name.

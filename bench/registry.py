@@ -55,7 +55,8 @@ def _linear(batch: int, inputs: int, outputs: int) -> Case:
 def _conv(batch: int, inputs: int, outputs: int, size: int, kernel: int, stride: int = 1) -> Case:
     out = size // stride
     macs = batch * inputs * outputs * kernel * kernel * out * out
-    name = f"{batch} x {inputs} -> {outputs}, {kernel}x{kernel}{f' s{stride}' if stride > 1 else ''}, {size}x{size}"
+    taps = f"{kernel}x{kernel}" + (f" s{stride}" if stride > 1 else "")
+    name = f"{batch} x {inputs} -> {outputs}, {taps}, {size}x{size}"
     return Case(
         name,
         lambda: nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2),

@@ -101,7 +101,9 @@ def check(case: Case, density: float, block_size: int) -> None:
             phase()
     assert_normwise(layer(x), twin(x), name=f"{case.name}, output")
     assert_normwise(
-        layer.topology.to_dense(layer.values.grad), twin.weight.grad * layer.mask(), name=f"{case.name}, gradient"
+        layer.topology.to_dense(layer.values.grad),
+        twin.weight.grad * layer.mask(),
+        name=f"{case.name}, gradient",
     )
 
 
@@ -155,7 +157,9 @@ def write(config: Config, rows: list[Row]) -> Path:
     kind = "csr" if config.block_size == 1 else f"bsr{config.block_size}"
     path = config.out / f"{config.suite}-{kind}-{config.threads}t.json"
     fresh = path.with_suffix(".tmp")
-    fresh.write_text(json.dumps({"conditions": conditions, "rows": [asdict(r) for r in rows]}, indent=1) + "\n")
+    fresh.write_text(
+        json.dumps({"conditions": conditions, "rows": [asdict(r) for r in rows]}, indent=1) + "\n"
+    )
     fresh.replace(path)
     return path
 
@@ -170,7 +174,17 @@ def main(config: Config) -> int:
     kind = "CSR" if config.block_size == 1 else f"BSR {config.block_size}x{config.block_size}"
     title = f"{config.suite}, {kind}, {config.threads} thread(s), {_ops.cpu_isa()}, torch {torch.__version__}"
     table = Table(title=title)
-    for column in ("layer", "sparsity", "dense ms", "ours ms", "forward", "backward", "speed-up", "GF/s", "spread"):
+    for column in (
+        "layer",
+        "sparsity",
+        "dense ms",
+        "ours ms",
+        "forward",
+        "backward",
+        "speed-up",
+        "GF/s",
+        "spread",
+    ):
         table.add_column(column, justify="left" if column == "layer" else "right", no_wrap=True)
     rows = []
     for case in SUITES[config.suite]:

@@ -1,4 +1,4 @@
-"""Sparse layers whose memory and time scale with density: only the active weights are stored and multiplied."""
+"""Sparse layers whose memory and time scale with density: only active weights are stored and multiplied."""
 
 from importlib.metadata import PackageNotFoundError as _NotFound
 from importlib.metadata import version as _version

@@ -75,7 +75,8 @@ def _(x, values, bias, index, rows, cols, kernel, stride, padding, dilation, gro
 
 
 @torch.library.register_fake("sparse_kernels::conv2d_backward")
-def _(dy, x, values, index, rows, cols, kernel, stride, padding, dilation, groups, need_x, need_values, need_bias):  # type: ignore[no-untyped-def]
+def _(dy, x, values, index, rows, cols, kernel, stride, padding, dilation, groups, *need):  # type: ignore[no-untyped-def]
+    need_x, need_values, need_bias = need
     return (
         _empty_image(x, tuple(x.shape)) if need_x else x.new_empty(0),
         values.new_empty(values.shape if need_values else 0),

@@ -57,7 +57,8 @@ def select(x: Tensor, topology: Topology) -> str:
         return "cpu" if device == "cpu" else "reference"
     if name in ("triton", "cuda"):
         raise RuntimeError(
-            f'backend "{name}" cannot run: this release has no {name} kernels; use "auto", "reference" or "dense"'
+            f'backend "{name}" cannot run: this release has no {name} kernels; '
+            'use "auto", "reference" or "dense"'
         )
     if name == "cpu" and device != "cpu":
         raise RuntimeError(f'backend "cpu" cannot run on a {device} tensor; use "auto" or move it to the CPU')

@@ -128,9 +128,7 @@ class _DenseConv2d(torch.autograd.Function):
             conf = ([*stride], [*padding], [*dilation], False, [0, 0], groups, [True, False, False])
             dx = torch.ops.aten.convolution_backward(dy, x, topology.to_dense(values), None, *conf)[0]
         if need_values:
-            dvalues = _sampled(
-                topology, values, lambda b, e: conv2d_stripe(x, dy, topology, b, e, *ctx.conf)
-            )
+            dvalues = _sampled(topology, values, lambda b, e: conv2d_stripe(x, dy, topology, b, e, *ctx.conf))
         dbias = dy.sum((0, 2, 3)) if need_bias else None
         return dx, dvalues, dbias, None, None, *(None for _ in ctx.conf)
 
@@ -141,5 +139,5 @@ def linear(x: Tensor, values: Tensor, topology: Topology, bias: Tensor | None) -
 
 
 def conv2d(x: Tensor, values: Tensor, topology: Topology, bias: Tensor | None, *conf: Any) -> Tensor:
-    """`functional.conv2d` on `[n, c, h, w]` through the dense library; `conf` is stride, padding, dilation, groups."""
+    """`functional.conv2d` through the dense library; `conf` is stride, padding, dilation, groups."""
     return _DenseConv2d.apply(x, values, bias, topology.index, topology, *conf)

@@ -44,7 +44,7 @@ def linear(x: Tensor, values: Tensor, topology: Topology, bias: Tensor | None = 
         TypeError: dtypes that differ, or are not floating point.
 
     Notes:
-        Accumulates in float32 (float64 for float64). Slower than dense at high density: `docs/when-slower.md`.
+        Accumulates in float32 (float64 for float64). Slower than dense at high density: docs/when-slower.md.
 
     Example:
         >>> topology = Topology.random((8, 16), density=0.25)

@@ -67,7 +67,7 @@ class GrowthScorer:
         self._pairs.clear()
 
     def observe(self, x: Tensor, dy: Tensor, *conf: Any) -> None:
-        """Take one pair: for Linear `x [tokens, in]`, `dy [tokens, out]`; for Conv2d images and its settings."""
+        """Take one pair: `x [tokens, in]`, `dy [tokens, out]` of a Linear; images and settings of Conv2d."""
         self.observed += 1
         pair = (x.detach(), dy.detach(), *conf)
         if self.defer:
@@ -94,7 +94,10 @@ class GrowthScorer:
         topology = self.topology
         stripe_of: Any = dense.linear_stripe if len(topology.shape) == 2 else dense.conv2d_stripe
         wide = [
-            tuple(t.float() if isinstance(t, Tensor) and t.dtype not in (torch.float32, torch.float64) else t for t in p)
+            tuple(
+                t.float() if isinstance(t, Tensor) and t.dtype not in (torch.float32, torch.float64) else t
+                for t in p
+            )
             for p in pairs
         ]
         dtype, device = wide[0][0].dtype, wide[0][0].device

@@ -35,7 +35,7 @@ def conv2d(
 
 
 def growth_scores(gradient: Tensor, topology: Topology, block_score: str = "l1") -> Tensor:
-    """Scores of all positions, `[rows * cols]`, from the dense gradient: |g|, or the norm of a block of it."""
+    """Scores of all positions, `[rows * cols]`, from the dense gradient: |g|, or a norm of each block."""
     blocks = topology.to_blocks(gradient).flatten(2)
     scores = blocks.abs().sum(-1) if block_score == "l1" else blocks.square().sum(-1).sqrt()
     return scores.flatten()

@@ -137,18 +137,14 @@ class Topology:
         return cls(positions, shape, block_size, groups, device)
 
     @classmethod
-    def from_mask(
-        cls, mask: Tensor, block_size: int | tuple[int, int] = 1, groups: int = 1
-    ) -> Topology:
+    def from_mask(cls, mask: Tensor, block_size: int | tuple[int, int] = 1, groups: int = 1) -> Topology:
         """From a bool tensor of the dense weight's shape. A block is active if any of its entries is."""
         blank = cls.__new__(cls)
         blank._set_geometry(tuple(mask.shape), block_size, groups)
         blocks = blank.to_blocks(mask != 0).flatten(2).any(-1)
         return cls(blocks.flatten().nonzero().flatten(), tuple(mask.shape), block_size, groups)
 
-    def _set_geometry(
-        self, shape: tuple[int, ...], block_size: int | tuple[int, int], groups: int
-    ) -> None:
+    def _set_geometry(self, shape: tuple[int, ...], block_size: int | tuple[int, int], groups: int) -> None:
         shape = tuple(int(n) for n in shape)
         if len(shape) not in (2, 4) or any(n < 0 for n in shape):
             raise ValueError(
@@ -207,6 +203,7 @@ class Topology:
 
     @property
     def block_numel(self) -> int:
+        """Weights in a block."""
         return self.block_size[0] * self.block_size[1]
 
     @property
@@ -216,11 +213,13 @@ class Topology:
 
     @property
     def density(self) -> float:
+        """Active fraction of all positions."""
         total = self.rows * self.cols
         return self.n_blocks / total if total else 0.0
 
     @property
     def device(self) -> torch.device:
+        """Where the index arrays live."""
         return self.index.device
 
     def to(self, device: torch.device | str) -> Topology:
@@ -230,10 +229,9 @@ class Topology:
         return self.clone(device)
 
     def clone(self, device: torch.device | str | None = None) -> Topology:
+        """A copy with memory of its own, on `device` (default: the same)."""
         other = Topology.__new__(Topology)
-        other.__dict__.update(
-            {k: v for k, v in self.__dict__.items() if not isinstance(v, Tensor)}
-        )
+        other.__dict__.update({k: v for k, v in self.__dict__.items() if not isinstance(v, Tensor)})
         other._bind(self.index.to(device or self.device, copy=True))
         return other
 
@@ -287,9 +285,7 @@ class Topology:
         """Values (`[nnz]` or `[n_blocks, b_out, b_in]`) -> dense weight, zeros elsewhere. Differentiable."""
         b_out, b_in = self.block_size
         blocks = values.reshape(self.n_blocks, b_out, b_in)
-        grid = blocks.new_zeros(self.rows * self.cols, b_out, b_in).index_put(
-            (self.positions(),), blocks
-        )
+        grid = blocks.new_zeros(self.rows * self.cols, b_out, b_in).index_put((self.positions(),), blocks)
         inner = self.shape[1] // b_in
         parts = grid.reshape(self.shape[0] // b_out, inner, self.taps, b_out, b_in)
         return parts.permute(0, 3, 1, 4, 2).reshape(self.shape)
@@ -328,7 +324,8 @@ class Topology:
         drop, grow = (t.detach().to("cpu", torch.int64).flatten() for t in (drop, grow))
         if drop.numel() != grow.numel():
             raise ValueError(
-                f"drop and grow must have the same length (nnz is constant), got {drop.numel()} and {grow.numel()}"
+                "drop and grow must have the same length (nnz is constant), "
+                f"got {drop.numel()} and {grow.numel()}"
             )
         try:
             index, source = _ops.index_update(
@@ -384,13 +381,13 @@ class Topology:
         if flat.numel() > 1 and not bool((flat[1:] > flat[:-1]).all()):
             at = int((flat[1:] <= flat[:-1]).nonzero()[0, 0]) + 1
             raise ValueError(
-                f"col_idx must ascend strictly within a row, but does not at entry {at} (row {int(rows[at])}): "
+                f"col_idx must ascend strictly within a row, but not at entry {at} (row {int(rows[at])}): "
                 "a repeated or unsorted column"
             )
         return flat
 
     def validate(self) -> None:
-        """Check every invariant of the arrays (O(nnz), synchronises). Raises ValueError naming the first broken one."""
+        """Check every invariant (O(nnz), synchronises). Raises ValueError naming the first broken array."""
         flat = self.check_arrays(self.row_ptr, self.col_idx)
         fresh = self._build(flat)
         old = self.index.cpu()
@@ -419,7 +416,7 @@ def reorder_(tensor: Tensor, source: Tensor) -> Tensor:
     """
     if tensor.shape[:1] != source.shape:
         raise ValueError(
-            f"expected a tensor of {source.numel()} entries along dimension 0, got shape {tuple(tensor.shape)}"
+            f"expected {source.numel()} entries along dimension 0, got shape {tuple(tensor.shape)}"
         )
     source = source.to(tensor.device)
     with torch.no_grad():

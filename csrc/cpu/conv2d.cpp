@@ -275,13 +275,6 @@ Tensor empty_images(const Tensor& like, int64_t c, int64_t h, int64_t w, bool ch
   return torch::stable::transpose(torch::stable::transpose(t, 1, 3), 2, 3);
 }
 
-template <class F>
-void for_dtype(const Tensor& x, const F& f) {
-  if (x.scalar_type() == ScalarType::Double) return f(double{});
-  check_dtype(x, ScalarType::Float, "x");
-  f(float{});
-}
-
 }  // namespace
 
 Tensor conv2d_forward(const Tensor& x, const Tensor& values, const std::optional<Tensor>& bias,

@@ -112,9 +112,11 @@ struct CsrStream {
 
   // Results in stream order -> canonical order.
   void scatter(const T* from, T* to) const {
-    int64_t at = 0;
-    for (int64_t s = 0; s < tile_segment.back(); ++s)
-      for (int32_t i = 0; i < segments[s].length; ++i) to[begin[s] + i] = from[at++];
+    parallel(tiles(), 32.0 * static_cast<double>(entries()), [&](int64_t first, int64_t last) {
+      const T* next = from + tile_entry[first];
+      for (int64_t s = tile_segment[first]; s < tile_segment[last]; ++s)
+        for (int32_t i = 0; i < segments[s].length; ++i) to[begin[s] + i] = *next++;
+    });
   }
 };
 
@@ -133,6 +135,14 @@ int64_t tile_cells(int64_t tokens, int64_t threads) {
   for (int64_t cells : {4, 2})
     if (share > cells / 2 * cell) return cells;
   return 1;
+}
+
+// f(float{}) or f(double{}), after the dtype of x.
+template <class F>
+void for_dtype(const Tensor& x, const F& f) {
+  if (x.scalar_type() == ScalarType::Double) return f(double{});
+  check_dtype(x, ScalarType::Float, "x");
+  f(float{});
 }
 
 }  // namespace sparse_kernels

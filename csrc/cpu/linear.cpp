@@ -229,13 +229,6 @@ void check_inputs(const Shape& shape, const Tensor& x, const Tensor& values, con
   check_size(index, 0, shape.index().size(), "index");
 }
 
-template <class F>
-void for_dtype(const Tensor& x, const F& f) {
-  if (x.scalar_type() == ScalarType::Double) return f(double{});
-  check_dtype(x, ScalarType::Float, "x");
-  f(float{});
-}
-
 }  // namespace
 
 Tensor linear_forward(const Tensor& x, const Tensor& values, const std::optional<Tensor>& bias,

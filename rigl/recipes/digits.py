@@ -50,8 +50,8 @@ class Digits:
     """Optimizer steps between topology updates."""
     alpha: float = 0.3
     """Fraction of a layer's weights replaced by the first update (cosine decay to 0 at 75 % of training)."""
-    threads: int = 0
-    """CPU threads; 0 means all cores."""
+    threads: int = 1
+    """CPU threads, 0 for all cores. One by default: the ratio then does not depend on how many there are."""
     out: Path = Path("runs/digits")
     """Folder for report.json and report.png."""
 

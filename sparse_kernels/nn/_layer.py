@@ -44,7 +44,7 @@ class SparseLayer(nn.Module):
         self.growth: GrowthScorer | None = None
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """The initialisation of `nn.Linear` and `nn.Conv2d` (kaiming uniform on the *dense* fan-in), at the active positions."""
+        """The initialisation of `nn.Linear` and `nn.Conv2d` (by dense fan-in), at the active positions."""
         fan_in = self.topology.shape[1] * self.topology.taps
         bound = fan_in**-0.5 if fan_in else 0.0
         with torch.no_grad():
@@ -96,11 +96,14 @@ class SparseLayer(nn.Module):
             assert density is not None
             return Topology.random(tuple(weight.shape), density, block_size, groups, generator, weight.device)
         if mask.shape != weight.shape:
-            raise ValueError(f"mask must have the weight's shape {tuple(weight.shape)}, got {tuple(mask.shape)}")
+            raise ValueError(
+                f"mask must have the weight's shape {tuple(weight.shape)}, got {tuple(mask.shape)}"
+            )
         topology = Topology.from_mask(mask, block_size, groups).to(weight.device)
         if not torch.equal(topology.mask(), (mask != 0).to(weight.device)):
             raise ValueError(
-                f"the mask is not made of whole blocks of {topology.block_size}; use block_size=1 or a mask that is"
+                f"the mask is not made of whole blocks of {topology.block_size}; "
+                "use block_size=1 or a mask that is"
             )
         return topology
 
@@ -192,7 +195,11 @@ class SparseLayer(nn.Module):
         if problem:
             error_msgs.append(f"{prefix or type(self).__name__}: {problem}; the layer is unchanged")
             return
-        rest = {k: v for k, v in state_dict.items() if k[len(prefix) :] not in _INDEX_KEYS or not k.startswith(prefix)}
+        rest = {
+            k: v
+            for k, v in state_dict.items()
+            if k[len(prefix) :] not in _INDEX_KEYS or not k.startswith(prefix)
+        }
         unexpected: list[str] = []
         super()._load_from_state_dict(
             rest, prefix, local_metadata, strict, missing_keys, unexpected, error_msgs

@@ -67,7 +67,8 @@ class SparseConv2d(SparseLayer):
     ) -> None:
         if groups < 1 or in_channels % groups or out_channels % groups:
             raise ValueError(
-                f"groups must divide in_channels and out_channels, got {groups} for {in_channels} and {out_channels}"
+                f"groups must divide in_channels and out_channels, "
+                f"got {groups} for {in_channels} and {out_channels}"
             )
         if padding_mode not in _PADDING_MODES:
             raise ValueError(f"padding_mode must be one of {', '.join(_PADDING_MODES)}, got {padding_mode!r}")
@@ -96,7 +97,7 @@ class SparseConv2d(SparseLayer):
         block_size: int | tuple[int, int] = 1,
         generator: torch.Generator | None = None,
     ) -> SparseConv2d:
-        """From an `nn.Conv2d`, keeping its values at the active positions. Arguments as in `SparseLinear.from_dense`."""
+        """From an `nn.Conv2d`, keeping its values at the active positions; see `SparseLinear.from_dense`."""
         if not isinstance(module, nn.Conv2d):
             raise TypeError(f"expected an nn.Conv2d, got {type(module).__name__}")
         topology = cls._topology_for(module.weight, mask, density, block_size, module.groups, generator)
@@ -165,8 +166,10 @@ class SparseConv2d(SparseLayer):
         return amounts
 
     def extra_repr(self) -> str:
+        """What `print(layer)` shows."""
         extra = "" if self.padding_mode == "zeros" else f", padding_mode={self.padding_mode!r}"
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
-            f"padding={self.padding!r}, dilation={self.dilation}, groups={self.groups}{extra}, {self._describe()}"
+            f"padding={self.padding!r}, dilation={self.dilation}, groups={self.groups}{extra}, "
+            f"{self._describe()}"
         )

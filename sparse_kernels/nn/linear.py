@@ -100,4 +100,5 @@ class SparseLinear(SparseLayer):
         return _linear(x, self.values, self.topology, self.bias, self.growth)
 
     def extra_repr(self) -> str:
+        """What `print(layer)` shows."""
         return f"in_features={self.in_features}, out_features={self.out_features}, {self._describe()}"

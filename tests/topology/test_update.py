@@ -198,5 +198,5 @@ def test_a_layer_follows_its_topology(block_size, conv):
 
 
 def test_reorder_refuses_another_length():
-    with pytest.raises(ValueError, match="expected a tensor of 3 entries"):
+    with pytest.raises(ValueError, match="expected 3 entries"):
         reorder_(torch.zeros(4), torch.tensor([0, 1, 2]))
