@@ -103,6 +103,10 @@ def rows(content: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     ]
 
 
+def _threads(where: dict[str, Any]) -> str:
+    return "1 thread" if where["threads"] == 1 else f"{where['threads']} threads"
+
+
 def print_table(content: dict[str, Any]) -> None:
     """Print `rows` and what they mean."""
     from rich.console import Console
@@ -118,7 +122,8 @@ def print_table(content: dict[str, Any]) -> None:
     console = Console(highlight=False)
     console.print(table)
     index = sparse["memory"]["index"] / 1e6
-    notes = [f"The sparse memory includes {index:.1f} MB of index arrays."]
+    threads = _threads(content["environment"])
+    notes = [f"Measured on {threads}. The sparse memory includes {index:.1f} MB of index arrays."]
     if sparse["updates"]:
         notes.append(
             f"{sparse['updates']} of {sparse['batches']} batches changed the topology "
@@ -150,7 +155,7 @@ def plot(content: dict[str, Any], path: Path) -> None:
         fontweight="bold",
     )
     figure.supxlabel(
-        f"{where['cpu']}, {where['threads']} threads · torch {where['torch']} · "
+        f"{where['cpu']}, {_threads(where)} · torch {where['torch']} · "
         f"sparse-kernels {where['sparse_kernels']} · {where['date'][:10]}",
         fontsize=8,
         color="#666666",

@@ -1,5 +1,6 @@
 #include "scratch.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <new>
 #include <vector>
@@ -37,23 +38,25 @@ class Arena {
     if (--live_ > 0) return;
     size_t total = 0;
     for (const Chunk& chunk : chunks_) total += chunk.size;
-    // Several chunks mean that the call outgrew the arena: the next one gets it in one piece.
+    // Several chunks mean that the call outgrew the arena: the next one gets it in one piece. It is taken
+    // then: this runs in destructors, which must not throw.
     if (chunks_.size() > 1 || total > kKeep) {
       drop();
-      if (total <= kKeep) add(total);
+      wanted_ = total <= kKeep ? total : 0;
     }
     if (!chunks_.empty()) chunks_.back().used = 0;
   }
 
  private:
   void add(size_t bytes) {
-    const size_t size = (bytes + kPage - 1) / kPage * kPage;
+    const size_t size = (std::max(bytes, wanted_) + kPage - 1) / kPage * kPage;
     void* base = std::aligned_alloc(kPage, size);
     if (base == nullptr) throw std::bad_alloc();
 #if defined(__linux__)
     madvise(base, size, MADV_HUGEPAGE);  // a wish: nothing depends on it
 #endif
     chunks_.push_back({static_cast<char*>(base), size, 0});
+    wanted_ = 0;
   }
 
   void drop() {
@@ -63,6 +66,7 @@ class Arena {
 
   std::vector<Chunk> chunks_;
   int64_t live_ = 0;
+  size_t wanted_ = 0;  // bytes of the next chunk at least
 };
 
 thread_local Arena arena;
