@@ -37,7 +37,7 @@ class Config:
         densities: fractions of active weights.
         block_size: 1 for single weights (CSR), else the side of a block (BSR).
         threads: torch's thread count, for all rivals.
-        repeats: timed turns of each.
+        repeats: timed turns of each, five calls a turn.
         out: folder of the JSON file.
     """
 
@@ -45,7 +45,7 @@ class Config:
     densities: tuple[float, ...] = DENSITIES
     block_size: int = 1
     threads: int = 1
-    repeats: int = 25
+    repeats: int = 10
     out: Path = field(default_factory=lambda: Path("bench/results") / machine())
 
 

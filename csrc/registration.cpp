@@ -7,8 +7,8 @@
 STABLE_TORCH_LIBRARY(sparse_kernels, m) {
   // clang-format off
   // Topology. `index` is the buffer of csrc/common/index.h, `rows x cols` its grid of blocks.
-  m.def("index_build(Tensor positions, int rows, int cols, int groups, bool planned) -> Tensor");
-  m.def("index_update(Tensor index, int n, int rows, int cols, int groups, bool planned, Tensor drop, Tensor grow) -> (Tensor, Tensor)");
+  m.def("index_build(Tensor positions, int rows, int cols, int groups, int plans) -> Tensor");
+  m.def("index_update(Tensor index, int n, int rows, int cols, int groups, int plans, Tensor drop, Tensor grow) -> (Tensor, Tensor)");
 
   // Linear: x [tokens, in], dy [tokens, out], values [nnz] (CSR) or [n_blocks, b_out, b_in] (BSR).
   m.def("linear_forward(Tensor x, Tensor values, Tensor? bias, Tensor index, int rows, int cols) -> Tensor");
@@ -19,7 +19,7 @@ STABLE_TORCH_LIBRARY(sparse_kernels, m) {
   m.def("conv2d_backward(Tensor dy, Tensor x, Tensor values, Tensor index, int rows, int cols, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups, bool need_x, bool need_values, bool need_bias) -> (Tensor, Tensor, Tensor)");
 
   // Growth: one stripe of the score matrix against the candidates found so far (growth.cpp).
-  m.def("growth_scan(Tensor scores, int row_begin, Tensor index, int n, int rows, int cols, int groups, bool planned, Tensor(a!) active, Tensor(b!) best_scores, Tensor(c!) best_positions, int k, int found) -> int");
+  m.def("growth_scan(Tensor scores, int row_begin, Tensor index, int n, int rows, int cols, int groups, int plans, Tensor(a!) active, Tensor(b!) best_scores, Tensor(c!) best_positions, int k, int found) -> int");
 
   m.def("cpu_isa() -> str");  // instruction set of the CPU kernels
   // clang-format on

@@ -99,7 +99,7 @@ def _linear(
             f"got {list(x.shape)}"
         )
     x, values, bias, out_dtype = _cast(x, values, bias)
-    flat = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.reshape(x.shape[:-1].numel(), 0)
+    flat = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
     name = _select(x, topology)
     if name == "reference":
         y = reference.linear(flat, values, topology, bias)
@@ -113,7 +113,9 @@ def _linear(
             y = _ops.linear_forward(*args)
     if growth is not None:
         y = _Observe.apply(y, flat, growth)
-    return y.reshape(*x.shape[:-1], topology.shape[0]).to(out_dtype)
+    if x.dim() != 2:
+        y = y.reshape(*x.shape[:-1], topology.shape[0])
+    return y if y.dtype == out_dtype else y.to(out_dtype)
 
 
 def _conv2d(
@@ -183,23 +185,26 @@ def _check(x: Tensor, values: Tensor, topology: Topology, bias: Tensor | None, d
     if len(topology.shape) != dims:
         kind = "Linear (out, in)" if dims == 2 else "Conv2d (out, in/groups, kh, kw)"
         raise ValueError(f"expected the topology of a {kind} weight, got shape {topology.shape}")
-    wanted = (topology.nnz,) if topology.block_size == (1, 1) else (topology.n_blocks, *topology.block_size)
-    if tuple(values.shape) != wanted:
+    wanted: tuple[int, ...] = (topology.n_blocks,)
+    if topology.block_size != (1, 1):
+        wanted += topology.block_size
+    if values.shape != wanted:
         raise ValueError(f"values must have shape {wanted} for {topology}, got {tuple(values.shape)}")
-    if bias is not None and tuple(bias.shape) != topology.shape[:1]:
+    if bias is not None and bias.shape != topology.shape[:1]:
         raise ValueError(f"bias must have shape ({topology.shape[0]},), got {tuple(bias.shape)}")
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")
-    if not x.is_floating_point():
-        raise TypeError(f"x must be floating point (float32, float64, bfloat16 or float16), got {x.dtype}")
+    dtype, device = x.dtype, x.device
+    if not dtype.is_floating_point:
+        raise TypeError(f"x must be floating point (float32, float64, bfloat16 or float16), got {dtype}")
     for name, t in (("values", values), ("bias", bias)):
         if t is None:
             continue
-        if t.device != x.device:
-            raise ValueError(f"x is on {x.device}, but {name} on {t.device}: move one of them")
-        if t.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise TypeError(f"{name} must have the dtype of x, {x.dtype}, got {t.dtype}")
-    if topology.device != x.device:
+        if t.device != device:
+            raise ValueError(f"x is on {device}, but {name} on {t.device}: move one of them")
+        if t.dtype != dtype and not torch.is_autocast_enabled(device.type):
+            raise TypeError(f"{name} must have the dtype of x, {dtype}, got {t.dtype}")
+    if topology.index.device != device:
         raise ValueError(f"x is on {x.device}, but the topology on {topology.device}: use topology.to()")
 
 
@@ -250,8 +255,9 @@ def _select(x: Tensor, topology: Topology) -> str:
     return name
 
 
-def _needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+def _needs_grad(x: Tensor, values: Tensor, bias: Tensor | None) -> bool:
+    wanted = x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
+    return wanted and torch.is_grad_enabled()
 
 
 # autograd -------------------------------------------------------------------------------------
@@ -271,9 +277,18 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, values, index = ctx.saved_tensors
-        need = ctx.needs_input_grad[:3]
-        grads = _ops.linear_backward(dy.contiguous(), x, values, index, *ctx.grid, *need)
-        return *(g if n else None for g, n in zip(grads, need, strict=True)), None, None, None
+        need_x, need_values, need_bias, *_ = ctx.needs_input_grad
+        dx, dvalues, dbias = _ops.linear_backward(
+            dy.contiguous(), x, values, index, *ctx.grid, need_x, need_values, need_bias
+        )
+        return (
+            dx if need_x else None,
+            dvalues if need_values else None,
+            dbias if need_bias else None,
+            None,
+            None,
+            None,
+        )
 
 
 class _Conv2d(torch.autograd.Function):

@@ -9,6 +9,7 @@ gradient, ties going to the lowest position.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,26 +108,22 @@ class GrowthScorer:
         best_positions = torch.empty(2 * self.k + 1024, dtype=torch.int64)
         found = 0
         for begin, end in dense.stripes(topology):
-            gradient: Any = sum(stripe_of(x, dy, topology, begin, end, *conf) for x, dy, *conf in wide)
+            parts = (stripe_of(x, dy, topology, begin, end, *conf) for x, dy, *conf in wide)
+            gradient = functools.reduce(Tensor.add_, parts)
             blocks = dense.stripe_to_blocks(gradient, topology).flatten(2)
-            if self.block_score == "l1" or topology.block_numel == 1:
+            if topology.block_numel == 1:
+                scores = blocks.squeeze(-1).abs_()
+            elif self.block_score == "l1":
                 scores = blocks.abs().sum(-1)
             else:
                 scores = blocks.square().sum(-1).sqrt()
             found = _ops.growth_scan(
                 scores.cpu().contiguous(), begin, index, topology.n_blocks, topology.rows, topology.cols,
-                topology.groups, topology._planned, active, best_scores, best_positions, self.k, found,
+                topology.groups, topology._plans, active, best_scores, best_positions, self.k, found,
             )  # fmt: skip
             if found < 0:  # a score is not finite
                 break
         finite = found >= 0
-        order = _best(best_scores[: max(found, 0)], best_positions[: max(found, 0)])[: self.k]
-        return Growth(
-            active.to(device), best_positions[order].to(device), best_scores[order].to(device), finite
-        )
-
-
-def _best(scores: Tensor, positions: Tensor) -> Tensor:
-    """Order by score descending, then position ascending."""
-    by_position = positions.argsort(stable=True)
-    return by_position[scores[by_position].argsort(descending=True, stable=True)]
+        # The scan leaves positions ascending, and equal scores stay in that order.
+        best_scores, order = best_scores[: max(found, 0)].sort(descending=True, stable=True)
+        return Growth(active.to(device), best_positions[order].to(device), best_scores.to(device), finite)

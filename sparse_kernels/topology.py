@@ -81,8 +81,6 @@ class Topology:
         row_ptr: `[rows + 1]`; the positions of row r are `row_ptr[r]:row_ptr[r+1]`.
         col_idx: `[n_blocks]`; the column of each position, ascending within a row.
         col_ptr: `[groups * cols + 1]`; the same by columns (each group has its own columns).
-        row_idx: `[n_blocks]`; the row of each position in column order, ascending within a column.
-        perm: `[n_blocks]`; where the value of each position in column order stands in row order.
     """
 
     def __init__(
@@ -185,19 +183,43 @@ class Topology:
             raise ValueError(f"position {int(flat[repeated[0, 0]])} occurs more than once")
 
     def _build(self, flat: Tensor) -> Tensor:
-        return _ops.index_build(flat, self.rows, self.cols, self.groups, self._planned)
+        return _ops.index_build(flat, self.rows, self.cols, self.groups, self._plans)
 
     @property
-    def _planned(self) -> bool:
-        """Whether `index` carries the schedule of the CSR CPU kernels behind the arrays."""
-        return self.block_size == (1, 1)
+    def _plans(self) -> int:
+        """Which schedules of the CSR CPU kernels `index` carries behind the arrays (csrc/common/index.h)."""
+        if self.block_size != (1, 1):
+            return 0
+        return 2 if len(self.shape) == 2 else 1
 
     def _bind(self, index: Tensor) -> None:
         self.index = index
-        n, edges = self.n_blocks, [self.rows + 1, self.groups * self.cols + 1]
-        sizes = [edges[0], n, edges[1], n, n]
-        views = index[: sum(sizes)].split(sizes)
-        self.row_ptr, self.col_idx, self.col_ptr, self.row_idx, self.perm = views
+        sizes = self._sizes()
+        self.row_ptr, self.col_idx, self.col_ptr, *self._transpose = index[: sum(sizes.values())].split(
+            list(sizes.values())
+        )
+
+    def _sizes(self) -> dict[str, int]:
+        """The arrays at the front of `index`, in order (csrc/common/index.h)."""
+        n = self.n_blocks
+        sizes = {"row_ptr": self.rows + 1, "col_idx": n, "col_ptr": self.groups * self.cols + 1}
+        return sizes if self._plans == 2 else {**sizes, "row_idx": n, "perm": n}
+
+    @property
+    def row_idx(self) -> Tensor:
+        """`[n_blocks]` int32: the row of each position in column order, ascending within a column.
+
+        This and `perm` are computed here for CSR weights of a Linear, whose kernels have no use for them.
+        """
+        if self._transpose:
+            return self._transpose[0]
+        rows = torch.arange(self.rows, dtype=torch.int32, device=self.device)
+        return rows.repeat_interleave(self.row_ptr.diff(), output_size=self.n_blocks)[self.perm]
+
+    @property
+    def perm(self) -> Tensor:
+        """`[n_blocks]` int32: where the value of each position in column order stands in row order."""
+        return self._transpose[1] if self._transpose else self.col_idx.argsort(stable=True).int()
 
     # size and place -------------------------------------------------------------------------
 
@@ -334,7 +356,7 @@ class Topology:
                 self.rows,
                 self.cols,
                 self.groups,
-                self._planned,
+                self._plans,
                 drop.sort().values,
                 grow.sort().values,
             )
@@ -393,16 +415,10 @@ class Topology:
         old = self.index.cpu()
         if not torch.equal(fresh, old):
             at = int((fresh != old).nonzero()[0, 0])
-            n, edges = self.n_blocks, 0
-            for name, size in (
-                ("row_ptr", self.rows + 1),
-                ("col_idx", n),
-                ("col_ptr", self.groups * self.cols + 1),
-                ("row_idx", n),
-                ("perm", n),
-            ):
-                edges += size
-                if at < edges:
+            edge = 0
+            for name, size in self._sizes().items():
+                edge += size
+                if at < edge:
                     raise ValueError(f"{name} is not the one that row_ptr and col_idx imply")
             raise ValueError("the kernel schedule is not the one that row_ptr and col_idx imply")
 

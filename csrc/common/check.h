@@ -10,6 +10,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "index.h"
+
 namespace sparse_kernels {
 
 using torch::headeronly::ScalarType;
@@ -28,6 +30,11 @@ inline void check_dtype(const Tensor& t, ScalarType dtype, const char* name) {
 inline void check_size(const Tensor& t, int64_t dim, int64_t size, const char* name) {
   STD_TORCH_CHECK(t.dim() > dim && t.size(dim) == size, name, " must have size ", size, " in dimension ",
                   dim);
+}
+
+inline Plans plans_of(int64_t kind) {
+  STD_TORCH_CHECK(kind >= 0 && kind <= 2, "plans must be 0, 1 or 2, got ", kind);
+  return static_cast<Plans>(kind);
 }
 
 inline Tensor new_empty(const Tensor& like, const std::vector<int64_t>& size, ScalarType dtype) {

@@ -1,14 +1,18 @@
 // Layout of the one int32 buffer behind a Topology (sparse_kernels/topology.py), as raw pointers.
 //
-//   row_ptr [rows + 1] | col_idx [n] | col_ptr [groups * cols + 1] | row_idx [n] | perm [n]
-//   and, for CSR weights ("planned"), a schedule for each direction:
-//   row_plan | col_plan
+//   row_ptr [rows + 1] | col_idx [n] | col_ptr [groups * cols + 1]
+//   and, but for CSR weights of a Linear: row_idx [n] | perm [n], the same by columns
+//   and, for CSR weights, plans: the order in which the CPU kernels take the entries. Conv2d has one of
+//   the rows; Linear has one of the rows and one of the columns, with its entries in that order.
 //
-// A plan cuts the columns (of that direction) into tiles whose panel of activations stays in L1
-// and lists each tile's row segments in order of their length, so that the number of entries to
-// process, and with it the kernel's branch, repeats:
-//   tile_ptr [tiles + 1] | segments [capacity][3] = (row, begin, end)
-// with begin and end into the canonical order of the direction (a segment is contiguous there).
+// A plan cuts the columns (of its direction) into tiles whose panel of activations stays in L1, and the
+// rows into blocks, which threads may share out; tile t and block b make piece t * blocks + b. It lists
+// every piece's row segments in order of their length, so that the number of entries to process, and with
+// it the kernel's branch, repeats:
+//   piece_segment [pieces + 1] | piece_entry [pieces + 1] | segments [capacity][2] = (row, length)
+//   and for rows: begin [capacity] = where the values of a segment start
+//   and for Linear: near [n] (16 bits each) = column within the tile, times kNear
+//   and for the columns of Linear: slot [n] = where every value stands in the plan
 #pragma once
 
 #include <algorithm>
@@ -16,15 +20,28 @@
 
 namespace sparse_kernels {
 
-struct Segment {
-  int32_t row, begin, end;
+// A run of entries of one output row, in the stream of a tile.
+struct RowLength {
+  int32_t row, length;
 };
 
+constexpr int64_t kNear = 32;  // times up to 8, which an address can hold, a panel's row of 4 cells
+constexpr int64_t kWidest = 65536 / kNear;  // columns of a tile at most
+
+enum class Plans : int64_t { kNone = 0, kConv = 1, kLinear = 2 };
+
 struct PlanShape {
-  int64_t width;     // columns a tile
-  int64_t tiles;     //
-  int64_t capacity;  // segments at most
-  int64_t size() const { return tiles + 1 + 3 * capacity; }
+  int64_t rows, n;                  // as of the direction; entries
+  int64_t width, tiles;             // columns a tile
+  int64_t block, blocks;            // rows a block
+  int64_t capacity;                 // segments at most
+  bool begins, entries, reordered;  // holds `begin`; holds `near`; holds `slot`
+
+  int64_t pieces() const { return tiles * blocks; }
+  int64_t size() const {
+    return 2 * (pieces() + 1) + (begins ? 3 : 2) * capacity + (entries ? (n + 1) / 2 : 0) +
+           (reordered ? n : 0);
+  }
 };
 
 // Tile width: about 12 entries to a segment so that loading and storing its accumulators is small
@@ -34,21 +51,38 @@ inline PlanShape plan_shape(int64_t rows, int64_t cols, int64_t n) {
   PlanShape plan{};
   const double per_row = rows > 0 ? static_cast<double>(n) / static_cast<double>(rows) : 0.0;
   const double wanted = per_row > 0 ? 12.0 * static_cast<double>(cols) / per_row : 1024.0;
+  plan.rows = rows, plan.n = n;
   plan.width = std::clamp<int64_t>((static_cast<int64_t>(std::min(wanted, 1e6)) + 63) / 64 * 64, 128, 1024);
   plan.tiles = (cols + plan.width - 1) / plan.width;
+  plan.block = std::max<int64_t>(rows, 1), plan.blocks = 1;
   plan.capacity = std::min<int64_t>(n, rows * plan.tiles);
   return plan;
 }
+static_assert(1024 <= kWidest, "near holds 16 bits");
 
 struct IndexShape {
   int64_t rows, cols, groups, n;
-  bool planned;
+  Plans plans;
 
-  PlanShape row_plan() const { return plan_shape(rows, cols, n); }
-  PlanShape col_plan() const { return plan_shape(groups * cols, rows, n); }
+  bool transposed() const { return plans != Plans::kLinear; }  // holds row_idx and perm
+
+  PlanShape row_plan() const {
+    PlanShape plan = plan_shape(rows, cols, n);
+    plan.begins = true, plan.entries = plans == Plans::kLinear;
+    return plan;
+  }
+  // Blocks of at least 256 columns, so that lengths still repeat within them, and at most 32.
+  PlanShape col_plan() const {
+    PlanShape plan = plan_shape(cols, rows, n);
+    plan.block = std::max<int64_t>(256, (cols + 511) / 512 * 16);
+    plan.blocks = (cols + plan.block - 1) / plan.block;
+    plan.entries = plan.reordered = true;
+    return plan;
+  }
   int64_t size() const {
-    int64_t total = rows + 1 + n + groups * cols + 1 + n + n;
-    if (planned) total += row_plan().size() + col_plan().size();
+    int64_t total = rows + 1 + n + groups * cols + 1 + (transposed() ? 2 * n : 0);
+    if (plans != Plans::kNone) total += row_plan().size();
+    if (plans == Plans::kLinear) total += col_plan().size();
     return total;
   }
 };
@@ -56,9 +90,23 @@ struct IndexShape {
 // One direction's plan inside the buffer.
 template <class Int>
 struct PlanView {
-  PlanShape shape;
-  Int* tile_ptr;
-  Int* segments;
+  PlanShape shape{};
+  Int *piece_segment = nullptr, *piece_entry = nullptr, *segments = nullptr, *begin = nullptr,
+      *near_entries = nullptr, *slot = nullptr;
+
+  PlanView() = default;
+  PlanView(Int* base, const PlanShape& s) : shape(s) {
+    piece_segment = base;
+    piece_entry = piece_segment + s.pieces() + 1;
+    segments = piece_entry + s.pieces() + 1;
+    begin = segments + 2 * s.capacity;
+    near_entries = begin + (s.begins ? s.capacity : 0);
+    slot = near_entries + (s.entries ? (s.n + 1) / 2 : 0);
+  }
+
+  // The arrays whose elements are not int32.
+  const RowLength* runs() const { return reinterpret_cast<const RowLength*>(segments); }
+  const uint16_t* near() const { return reinterpret_cast<const uint16_t*>(near_entries); }
 };
 
 template <class Int>  // int32_t or const int32_t
@@ -72,13 +120,10 @@ struct IndexView {
     col_idx = row_ptr + s.rows + 1;
     col_ptr = col_idx + s.n;
     row_idx = col_ptr + s.groups * s.cols + 1;
-    perm = row_idx + s.n;
-    Int* next = perm + s.n;
-    if (s.planned) {
-      row_plan = {s.row_plan(), next, next + s.row_plan().tiles + 1};
-      next += row_plan.shape.size();
-      col_plan = {s.col_plan(), next, next + s.col_plan().tiles + 1};
-    }
+    perm = row_idx + (s.transposed() ? s.n : 0);
+    Int* next = perm + (s.transposed() ? s.n : 0);
+    if (s.plans != Plans::kNone) row_plan = {next, s.row_plan()};
+    if (s.plans == Plans::kLinear) col_plan = {next + row_plan.shape.size(), s.col_plan()};
   }
 };
 

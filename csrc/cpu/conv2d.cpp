@@ -89,7 +89,7 @@ class WeightGradient {
 
   // Each thread owns some entries of every tile of the plan.
   void add_entries(const T* xs, const T* ds, const std::vector<int64_t>& rows, double work, T* dw) const {
-    const CsrStream<T>& stream = *rows_.stream;
+    const ConvStream<T>& stream = *rows_.stream;
     const int64_t parts = worthwhile_threads(work);
     std::vector<int64_t> cut, entry;
     stream.split(parts, &cut, &entry);
@@ -102,10 +102,10 @@ class WeightGradient {
             for (int64_t i = 0; i < (flat ? 1 : rows[tile]); ++i)
               for (int64_t j = 0, cells; j < cols; j += cells) {
                 for (cells = 8; cells > cols - j;) cells /= 2;
-                kernel_.csr_sddmm(cells, x_tile(xs, tile) + x_at(i, j), s_.x.stride * kCellSize,
-                                  d_tile(ds, tile) + d_at(i, j), d_.pitch * kCellSize, kCellSize,
-                                  stream.segments.get() + cut[at], cut[at + 1] - cut[at],
-                                  stream.off.get() + entry[at], dw + entry[at]);
+                kernel_.conv_sddmm(cells, x_tile(xs, tile) + x_at(i, j), s_.x.stride * kCellSize,
+                                   d_tile(ds, tile) + d_at(i, j), d_.pitch * kCellSize, kCellSize,
+                                   stream.segments.get() + cut[at], cut[at + 1] - cut[at],
+                                   stream.off.get() + entry[at], dw + entry[at]);
               }
           }
     });

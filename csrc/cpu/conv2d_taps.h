@@ -37,7 +37,7 @@ struct ConvShape {
   Axis y, x;
   bool csr, channels_last;
 
-  IndexShape index() const { return {rows, cols, groups, blocks, csr}; }
+  IndexShape index() const { return {rows, cols, groups, blocks, csr ? Plans::kConv : Plans::kNone}; }
   int64_t taps() const { return y.kernel * x.kernel; }
   int64_t group_in() const { return in / groups; }
   int64_t group_of(int64_t row) const { return row / (rows / groups); }
@@ -86,8 +86,8 @@ Taps<T> row_taps(const ConvShape& s, const IndexView<const int32_t>& index, cons
   };
   if (s.csr) {
     const StreamSource<T> from{index.col_idx, s.blocks, 0, table.data(), values, nullptr};
-    taps.stream = std::make_unique<CsrStream<T>>(index.row_plan, from, s.groups > 1,
-                                                 [&](int32_t r) { return SegmentPlace{r, base(r)}; });
+    taps.stream = std::make_unique<ConvStream<T>>(row_segments(index.row_plan), from, s.groups > 1,
+                                                  [&](int32_t r) { return SegmentPlace{r, base(r)}; });
     return taps;
   }
   taps.off.resize(s.blocks), taps.block.resize(s.blocks);
@@ -103,7 +103,7 @@ Taps<T> row_taps(const ConvShape& s, const IndexView<const int32_t>& index, cons
 
 // Consecutive segments of a row become one.
 template <class T>
-void join_segments(CsrStream<T>* stream) {
+void join_segments(ConvStream<T>* stream) {
   int64_t count = 0, s = 0;
   for (int64_t t = 0; t < stream->tiles(); ++t) {
     const int64_t first = count, end = stream->tile_segment[t + 1];
@@ -122,15 +122,16 @@ void join_segments(CsrStream<T>* stream) {
 // (in bytes of dY's tile; negative: not of this phase). Output channels are cut into tiles, like the
 // plans of a topology, of a width at which a channel's taps together have about 16 entries.
 template <class T>
-std::unique_ptr<CsrStream<T>> column_stream(const ConvShape& s, const IndexView<const int32_t>& index,
-                                            const T* values, const TileShape& tile,
-                                            const std::vector<int64_t>& shift) {
+std::unique_ptr<ConvStream<T>> column_stream(const ConvShape& s, const IndexView<const int32_t>& index,
+                                             const T* values, const TileShape& tile,
+                                             const std::vector<int64_t>& shift) {
   const int64_t taps = s.taps(), rows = s.rows / s.groups;
   const double density =
       static_cast<double>(s.blocks) / std::max<double>(1.0, static_cast<double>(s.rows) * s.cols);
   const double live = std::count_if(shift.begin(), shift.end(), [](int64_t b) { return b >= 0; });
   const int64_t width = static_cast<int64_t>(std::clamp(16 / std::max(live * density, 1e-3), 16.0, 4096.0));
-  std::vector<int32_t> tile_ptr{0}, segments, end(s.groups * s.cols),
+  std::vector<RowLength> runs;
+  std::vector<int32_t> tile_ptr{0}, begin, end(s.groups * s.cols),
       at(index.col_ptr, index.col_ptr + s.groups * s.cols);
   std::vector<std::pair<int32_t, int32_t>> order;  // length, channel
   for (int64_t first = 0; first < rows; first += width) {
@@ -149,16 +150,15 @@ std::unique_ptr<CsrStream<T>> column_stream(const ConvShape& s, const IndexView<
     for (const auto& [length, ic] : order)
       for (int64_t tap = 0, c = ic * taps; tap < taps; ++tap, ++c) {
         if (shift[tap] < 0 || at[c] == end[c]) continue;
-        segments.insert(segments.end(), {static_cast<int32_t>(c), at[c], end[c]});
+        runs.push_back({static_cast<int32_t>(c), end[c] - at[c]}), begin.push_back(at[c]);
         at[c] = end[c];
       }
-    tile_ptr.push_back(static_cast<int32_t>(segments.size() / 3));
+    tile_ptr.push_back(static_cast<int32_t>(runs.size()));
   }
-  const PlanView<const int32_t> plan{
-      {width, static_cast<int64_t>(tile_ptr.size()) - 1, tile_ptr.back()}, tile_ptr.data(), segments.data()};
+  const Segments plan{static_cast<int64_t>(tile_ptr.size()) - 1, tile_ptr.data(), runs.data(), begin.data()};
   const StreamSource<T> from{index.row_idx, s.blocks, static_cast<uint32_t>(tile.offset(1, 0, 0)),
                              nullptr,       values,   index.perm};
-  auto stream = std::make_unique<CsrStream<T>>(plan, from, true, [&](int32_t c) {
+  auto stream = std::make_unique<ConvStream<T>>(plan, from, true, [&](int32_t c) {
     return SegmentPlace{static_cast<int32_t>(c / taps), static_cast<uint32_t>(shift[c % taps])};
   });
   join_segments(stream.get());

@@ -5,7 +5,7 @@
 
 #include <cstring>
 
-#include "driver.h"
+#include "conv2d_stream.h"
 
 namespace sparse_kernels {
 
@@ -91,7 +91,7 @@ void pack_tile(const Kernels<T>& kernel, const Images<const T>& from, int64_t im
           const T* pixel = src + ((row0 + r) * from.w + c) * from.channels + f;
           prefetch<false>(pixel + 4 * from.channels, stride, count, 1);
           kernel.pack(pixel, stride, count, std::min(lanes, from.channels - f),
-                      tile + f * channel + (r * shape.cols + shape.left + c) * lanes, channel, 1);
+                      tile + f * channel + (r * shape.cols + shape.left + c) * lanes, channel, 1, nullptr);
         }
     return;
   }
@@ -100,12 +100,12 @@ void pack_tile(const Kernels<T>& kernel, const Images<const T>& from, int64_t im
     T* to = tile + c * channel + (r0 * shape.cols + shape.left) * lanes;
     if (c + 1 < from.channels) prefetch<false>(rows + plane, stride, count, (r1 - r0) * from.w);
     if (width == from.w && shape.cols == width) {  // one run of pixels
-      kernel.pack(rows, stride, count, (r1 - r0) * width, to, lanes, 1);
+      kernel.pack(rows, stride, count, (r1 - r0) * width, to, lanes, 1, nullptr);
     } else if (width % lanes == 0) {
       for (int64_t r = r0; r < r1; ++r, rows += from.w, to += shape.cols * lanes)
-        kernel.pack(rows, stride, count, width, to, lanes, 1);
+        kernel.pack(rows, stride, count, width, to, lanes, 1, nullptr);
     } else {  // the transposes want whole vectors of pixels, which such rows do not give
-      kernel.pack(rows, stride, count, (r1 - r0) * from.w, scratch, lanes, 1);
+      kernel.pack(rows, stride, count, (r1 - r0) * from.w, scratch, lanes, 1, nullptr);
       for (int64_t r = r0; r < r1; ++r, to += shape.cols * lanes)
         std::memcpy(to, scratch + (r - r0) * from.w * lanes, width * kCellSize);
     }
@@ -115,8 +115,8 @@ void pack_tile(const Kernels<T>& kernel, const Images<const T>& from, int64_t im
 // The weights of one phase of a pass, as the kernels take them.
 template <class T>
 struct Taps {
-  std::unique_ptr<CsrStream<T>> stream;  // CSR
-  std::vector<BlockRow<T>> rows;         // BSR: every row of blocks, its lists in off and block
+  std::unique_ptr<ConvStream<T>> stream;  // CSR
+  std::vector<BlockRow<T>> rows;          // BSR: every row of blocks, its lists in off and block
   std::vector<uint32_t> off;
   std::vector<int32_t> block;
 

@@ -1,12 +1,19 @@
 // CSR products on packed tiles. `x` is a tile of cells; a stored weight at (row, column) reads the
-// `cells` cells at byte offset off[i] + r * step from it (Linear: one feature of the panel, step one
-// cell; Conv2d: one tap of one channel, step the stride). Entries come as a stream in segment order.
+// `cells` cells at a byte offset from it, `step` bytes apart:
+//   Linear: a tile of the plan, the column's cells follow each other; offset kCellBytes * cells * (column
+//     within the tile), kept as 16 bits of `near` (index.h).
+//   Conv2d: one tap of one channel for `cells` pixels; 32-bit byte offsets, step the stride.
+// Entries come as a stream in segment order.
+
+template <class Off, int cells>
+SK_INLINE int64_t csr_offset(Off off) {
+  return sizeof(Off) == 2 ? int64_t(off) * (kCellBytes * cells / kNear) : int64_t(off);
+}
 
 // One entry: acc[r] += value * x[...]. `cells * kVectors` accumulators.
 template <class T, int cells, bool dense_step>
-SK_INLINE void csr_step(Vec<T>* acc, const char* x, uint32_t off, T value, int64_t step) {
+SK_INLINE void csr_step(Vec<T>* acc, const char* at, T value, int64_t step) {
   const Vec<T> w = splat(value);
-  const char* at = x + off;
   SK_UNROLL for (int r = 0; r < cells; ++r) {
     const T* cell = reinterpret_cast<const T*>(at + r * (dense_step ? int64_t(kCellBytes) : step));
     SK_UNROLL for (int v = 0; v < kVectors; ++v) acc[r * kVectors + v] += w * load(cell + v * kLanes<T>);
@@ -18,15 +25,16 @@ SK_INLINE void csr_step(Vec<T>* acc, const char* x, uint32_t off, T value, int64
   SK_CASE(j - 1) SK_CASE(j - 2) SK_CASE(j - 3) SK_CASE(j - 4) SK_CASE(j - 5) SK_CASE(j - 6) SK_CASE(j - 7)
 #define SK_CASES32 SK_CASES8(32) SK_CASES8(24) SK_CASES8(16) SK_CASES8(8)
 
-// y[row] += sum of value * x over each segment. y: [rows][cells] cells. Jumping into unrolled code by
-// the segment's length makes one well-predicted branch a segment: the plan sorts them by length.
-#define SK_CASE(j)                                                      \
-  case j:                                                               \
-    csr_step<T, cells, dense_step>(acc, x, off[-(j)], val[-(j)], step); \
+// y[row] += sum of value * x over each segment; with `start` y[row] = start[row] + that. y: [rows][cells]
+// cells. Jumping into unrolled code by the segment's length makes one well-predicted branch a segment: the
+// plan sorts them by length.
+#define SK_CASE(j)                                                                               \
+  case j:                                                                                        \
+    csr_step<T, cells, dense_step>(acc, x + csr_offset<Off, cells>(off[-(j)]), val[-(j)], step); \
     [[fallthrough]];
-template <class T, int cells, bool dense_step>
+template <class T, int cells, bool dense_step, class Off>
 void csr_spmm_fixed(const char* x, int64_t step, const RowLength* segments, int64_t n_segments,
-                    const uint32_t* off, const T* val, T* y) {
+                    const Off* off, const T* val, const T* start, T* y) {
   constexpr int V = cells * kVectors;
   constexpr int64_t row = int64_t(cells) * kCell<T>;
   for (int64_t s = 0; s < n_segments; ++s) {
@@ -36,7 +44,11 @@ void csr_spmm_fixed(const char* x, int64_t step, const RowLength* segments, int6
         __builtin_prefetch(y + segments[ahead].row * row + r * kCell<T>, 1);
     T* out = y + segments[s].row * row;
     Vec<T> acc[V];
-    SK_UNROLL for (int v = 0; v < V; ++v) acc[v] = load(out + v * kLanes<T>);
+    if (start != nullptr) {
+      SK_UNROLL for (int v = 0; v < V; ++v) acc[v] = splat(start[segments[s].row]);
+    } else {
+      SK_UNROLL for (int v = 0; v < V; ++v) acc[v] = load(out + v * kLanes<T>);
+    }
     for (int64_t left = segments[s].length; left > 0; left -= 32) {
       const int64_t take = left < 32 ? left : 32;
       off += take, val += take;
@@ -52,22 +64,32 @@ void csr_spmm_fixed(const char* x, int64_t step, const RowLength* segments, int6
 
 #undef SK_CASE
 
+#define SK_CELLS(run)     \
+  if (cells == 4) run(4); \
+  if (cells == 2) run(2); \
+  run(1)
 template <class T>
-void csr_spmm(int64_t cells, const char* x, int64_t step, const RowLength* segments, int64_t n_segments,
-              const uint32_t* off, const T* val, T* y) {
-#define SK_RUN(n)                                                                                    \
-  return step == kCellBytes ? csr_spmm_fixed<T, n, true>(x, step, segments, n_segments, off, val, y) \
-                            : csr_spmm_fixed<T, n, false>(x, step, segments, n_segments, off, val, y)
-  if (cells == 4) SK_RUN(4);
-  if (cells == 2) SK_RUN(2);
-  SK_RUN(1);
+void csr_spmm(int64_t cells, const char* x, const RowLength* segments, int64_t n_segments,
+              const uint16_t* near, const T* val, const T* start, T* y) {
+#define SK_RUN(n) return csr_spmm_fixed<T, n, true>(x, kCellBytes, segments, n_segments, near, val, start, y)
+  SK_CELLS(SK_RUN);
+#undef SK_RUN
+}
+
+template <class T>
+void conv_spmm(int64_t cells, const char* x, int64_t step, const RowLength* segments, int64_t n_segments,
+               const uint32_t* off, const T* val, T* y) {
+#define SK_RUN(n)                                                                              \
+  return step == kCellBytes                                                                    \
+             ? csr_spmm_fixed<T, n, true>(x, step, segments, n_segments, off, val, nullptr, y) \
+             : csr_spmm_fixed<T, n, false>(x, step, segments, n_segments, off, val, nullptr, y)
+  SK_CELLS(SK_RUN);
 #undef SK_RUN
 }
 
 // The lanes of one entry's weight gradient, summed over the cells.
 template <class T, int cells, bool dense_step>
-SK_INLINE Vec<T> sddmm_step(const Vec<T>* grad, const char* x, uint32_t off, int64_t step) {
-  const char* at = x + off;
+SK_INLINE Vec<T> sddmm_step(const Vec<T>* grad, const char* at, int64_t step) {
   Vec<T> acc;
   SK_UNROLL for (int r = 0; r < cells; ++r) {
     const T* cell = reinterpret_cast<const T*>(at + r * (dense_step ? int64_t(kCellBytes) : step));
@@ -82,21 +104,72 @@ SK_INLINE Vec<T> sddmm_step(const Vec<T>* grad, const char* x, uint32_t off, int
   return acc;
 }
 
-constexpr int kSums = 96;  // vectors of sums held before they are reduced: what a tile leaves free of L1
+// The lane sums of consecutive entries, a vector each, until they are reduced: out[i] += sum over the lanes,
+// or = if `fresh`. Entries of all rows follow each other, so that the transpose-reduce always has kLanes of
+// them.
+template <class T>
+class LaneSums {
+ public:
+  static constexpr int kSums = 64;  // vectors held before they are reduced: few, for the tile needs L1
+  static constexpr int kHeld = kSums + 32;  // at most
+  static constexpr int kRoom = kHeld * kLanes<T>;
+
+  // room: kRoom elements, aligned. Not a member, so that the members can live in registers.
+  SK_INLINE LaneSums(T* room, bool fresh, T* out)
+      : low_(room), high_(room + kRoom / 2), fresh_(fresh), out_(out) {}
+
+  // Announces `count` more entries, 32 at most; the entry `back` from their end is then `put`.
+  SK_INLINE void take(int64_t count) { end_ = low_ + (pending_ += count) * H; }
+  SK_INLINE void put(int64_t back, Vec<T> sum) {
+    store_halves(end_ - back * H, end_ - back * H + kRoom / 2, sum);
+  }
+
+  // To be called when those are there.
+  SK_INLINE void reduce_full() {
+    if (pending_ < kSums) return;
+    int64_t i = 0;
+    for (; i + L <= pending_; i += L, out_ += L) {
+      const Vec<T> total = reduce_halves(low_ + i * H, high_ + i * H);
+      store_loose(out_, fresh_ ? total : load_loose(out_) + total);
+    }
+    for (int64_t j = i; j < pending_; j += 2) {  // two halves at a time
+      store(low_ + (j - i) * H, load(low_ + j * H));
+      store(high_ + (j - i) * H, load(high_ + j * H));
+    }
+    pending_ -= i;
+  }
+
+  SK_INLINE void reduce_rest() {
+    for (int64_t i = pending_ * H; i < (pending_ + L) * H; ++i) low_[i] = high_[i] = 0;
+    for (int64_t i = 0; i < pending_; i += L) {
+      const Vec<T> total = reduce_halves(low_ + i * H, high_ + i * H);
+      for (int64_t j = 0; j < L && i + j < pending_; ++j, ++out_)
+        *out_ = fresh_ ? total[j] : *out_ + total[j];
+    }
+    pending_ = 0;
+  }
+
+ private:
+  static constexpr int L = kLanes<T>, H = L / 2;
+  T *low_, *high_;
+  const bool fresh_;
+  T* end_ = nullptr;
+  int64_t pending_ = 0;
+  T* out_;
+};
 
 // out[i] += sum over the lanes of d[row] * x[off[i]]: the weight gradient at the stored positions, in
-// stream order. d: row r at byte r * d_row, its cells d_step apart. Entries leave a vector each in
-// `sums`, whatever their row, so that the transpose-reduce always has kLanes of them.
-#define SK_CASE(j)                                                                    \
-  case j:                                                                             \
-    store(end - (j) * L, sddmm_step<T, cells, dense_step>(grad, x, off[-(j)], step)); \
+// stream order. d: row r at byte r * d_row, its cells d_step apart.
+#define SK_CASE(j)                                                                                    \
+  case j:                                                                                             \
+    sums.put(j, sddmm_step<T, cells, dense_step>(grad, x + csr_offset<Off, cells>(off[-(j)]), step)); \
     [[fallthrough]];
-template <class T, int cells, bool dense_step>
+template <class T, int cells, bool dense_step, class Off>
 void csr_sddmm_fixed(const char* x, int64_t step, const char* d, int64_t d_row, int64_t d_step,
-                     const RowLength* segments, int64_t n_segments, const uint32_t* off, T* out) {
+                     const RowLength* segments, int64_t n_segments, const Off* off, bool fresh, T* out) {
   constexpr int L = kLanes<T>;
-  alignas(64) T sums[(kSums + 32) * L];
-  int64_t pending = 0;
+  alignas(64) T room[LaneSums<T>::kRoom];
+  LaneSums<T> sums(room, fresh, out);
   for (int64_t s = 0; s < n_segments; ++s) {
     const char* row = d + segments[s].row * d_row;
     Vec<T> grad[cells * kVectors];
@@ -104,111 +177,105 @@ void csr_sddmm_fixed(const char* x, int64_t step, const char* d, int64_t d_row, 
         grad[r * kVectors + v] = load(reinterpret_cast<const T*>(row + r * d_step) + v * L);
     for (int64_t left = segments[s].length; left > 0; left -= 32) {
       const int64_t take = left < 32 ? left : 32;
-      off += take, pending += take;
-      T* end = sums + pending * L;
+      off += take;
+      sums.take(take);
       switch (take) {
         SK_CASES32
         default:
           break;
       }
-      if (pending < kSums) continue;
-      int64_t i = 0;
-      for (; i + L <= pending; i += L, out += L) {
-        Vec<T> r[L];
-        SK_UNROLL for (int j = 0; j < L; ++j) r[j] = load(sums + (i + j) * L);
-        store_loose(out, load_loose(out) + reduce<T>(r));
-      }
-      for (int64_t j = i; j < pending; ++j) store(sums + (j - i) * L, load(sums + j * L));
-      pending -= i;
+      sums.reduce_full();
     }
   }
-  for (int64_t i = 0; i < pending; i += L) {
-    Vec<T> r[L];
-    SK_UNROLL for (int j = 0; j < L; ++j) r[j] = i + j < pending ? load(sums + (i + j) * L) : Vec<T>{};
-    const Vec<T> total = reduce<T>(r);
-    for (int64_t j = 0; j < L && i + j < pending; ++j) *out++ += total[j];
+  sums.reduce_rest();
+}
+#undef SK_CASE
+
+// Both gradients of a Linear in one pass, which loads every cell of d once for two multiply-adds. A segment
+// is a column of the weight: dx[column] += sum of value * d (= if `first`), out[i] += sum over the lanes of
+// x[column] * d[row of i]. x, dx: [columns][cells] cells. The sums are those of csr_spmm and csr_sddmm, bit
+// for bit.
+#define SK_CASE(j)                                                                         \
+  case j: {                                                                                \
+    const Vec<T> w = splat(val[-(j)]);                                                     \
+    const T* at = reinterpret_cast<const T*>(d + csr_offset<uint16_t, cells>(near[-(j)])); \
+    Vec<T> dot;                                                                            \
+    SK_UNROLL for (int v = 0; v < V; ++v) {                                                \
+      Vec<T> cell = load(at + v * L);                                                      \
+      keep(cell);                                                                          \
+      acc[v] += w * cell;                                                                  \
+      dot = v == 0 ? in[v] * cell : dot + in[v] * cell;                                    \
+    }                                                                                      \
+    sums.put(j, dot);                                                                      \
+  }                                                                                        \
+    [[fallthrough]];
+template <class T, int cells>
+void csr_backward_fixed(const char* d, const T* x, const RowLength* segments, int64_t n_segments,
+                        const uint16_t* near, const T* val, bool first, T* dx, bool fresh, T* out) {
+  constexpr int L = kLanes<T>, V = cells * kVectors;
+  constexpr int64_t row = int64_t(cells) * kCell<T>;
+  alignas(64) T room[LaneSums<T>::kRoom];
+  LaneSums<T> sums(room, fresh, out);
+  for (int64_t s = 0; s < n_segments; ++s) {
+    const int64_t ahead = (s + 2 < n_segments ? segments[s + 2].row : segments[s].row) * row;
+    SK_UNROLL for (int r = 0; r < cells; ++r) {
+      __builtin_prefetch(dx + ahead + r * kCell<T>, 1);
+      __builtin_prefetch(x + ahead + r * kCell<T>);
+    }
+    Vec<T> acc[V], in[V];
+    SK_UNROLL for (int v = 0; v < V; ++v) {
+      acc[v] = first ? Vec<T>{} : load(dx + segments[s].row * row + v * L);
+      in[v] = load(x + segments[s].row * row + v * L);
+    }
+    for (int64_t left = segments[s].length; left > 0; left -= 32) {
+      const int64_t take = left < 32 ? left : 32;
+      near += take, val += take;
+      sums.take(take);
+      switch (take) {
+        SK_CASES32
+        default:
+          break;
+      }
+      sums.reduce_full();
+    }
+    SK_UNROLL for (int v = 0; v < V; ++v) store(dx + segments[s].row * row + v * L, acc[v]);
   }
+  sums.reduce_rest();
 }
 #undef SK_CASE
 #undef SK_CASES8
 #undef SK_CASES32
 
 template <class T>
-void csr_sddmm(int64_t cells, const char* x, int64_t step, const char* d, int64_t d_row, int64_t d_step,
-               const RowLength* segments, int64_t n_segments, const uint32_t* off, T* out) {
-#define SK_RUN(n)                                                                                     \
-  return step == kCellBytes                                                                           \
-             ? csr_sddmm_fixed<T, n, true>(x, step, d, d_row, d_step, segments, n_segments, off, out) \
-             : csr_sddmm_fixed<T, n, false>(x, step, d, d_row, d_step, segments, n_segments, off, out)
-  if (cells == 8) SK_RUN(8);
-  if (cells == 4) SK_RUN(4);
-  if (cells == 2) SK_RUN(2);
-  SK_RUN(1);
+void csr_sddmm(int64_t cells, const char* x, const T* d, const RowLength* segments, int64_t n_segments,
+               const uint16_t* near, bool fresh, T* out) {
+  const char* rows = reinterpret_cast<const char*>(d);
+#define SK_RUN(n)                                                                                           \
+  return csr_sddmm_fixed<T, n, true>(x, kCellBytes, rows, n * kCellBytes, kCellBytes, segments, n_segments, \
+                                     near, fresh, out)
+  SK_CELLS(SK_RUN);
 #undef SK_RUN
 }
 
-// Where the entries of a direction are read from, see csr_stream.
 template <class T>
-SK_INLINE void stream_entries(const StreamSource<T>& from, int64_t at, int64_t count, uint32_t base,
-                              uint32_t* off, T* val) {
-  for (int64_t j = 0; j < count; ++j) {
-    const int32_t idx = from.idx[at + j];
-    off[j] = base + (from.table != nullptr ? from.table[idx] : uint32_t(idx) * from.scale);
-    if (from.values != nullptr) val[j] = from.values[from.perm != nullptr ? from.perm[at + j] : at + j];
-  }
-}
-
-// `entries` entries of consecutive segments from canonical into stream order. Whole vectors are copied, also
-// past a segment's end (the next segment overwrites that), but never past the end of the source or of these
-// entries. Segments come in the order of lengths, so the next ones are prefetched.
-template <class T, bool table, bool perm>
-void csr_stream_fixed(const StreamSource<T>& from, const RowLength* segments, const int32_t* begin,
-                      const uint32_t* base, int64_t n_segments, int64_t entries, uint32_t* off, T* val) {
-  constexpr int L = 16;
-  const uint32_t scale = from.scale;
-  for (int64_t s = 0; s < n_segments; ++s) {
-    const int64_t length = segments[s].length;
-    const uint32_t first = base != nullptr ? base[s] : 0;
-    const int64_t next = begin[s + 12 < n_segments ? s + 12 : s];
-    __builtin_prefetch(from.idx + next);
-    __builtin_prefetch(from.idx + next + 15);
-    if (from.values != nullptr)
-      __builtin_prefetch(perm ? (const void*)(from.perm + next) : from.values + next);
-    if (from.values != nullptr)
-      __builtin_prefetch(perm ? (const void*)(from.perm + next + 15) : from.values + next + 15);
-    for (int64_t i = 0; i < length; i += L) {
-      const int64_t at = begin[s] + i;
-      if (at + L > from.n || i + L > entries) {
-        stream_entries(from, at, length - i < L ? length - i : L, first, off + i, val + i);
-        continue;
-      }
-      // All reads before all writes: the compiler cannot know that off, idx and val do not overlap.
-      uint32_t offs[L];
-      T vals[L];
-      SK_UNROLL for (int j = 0; j < L; ++j) {
-        const int32_t idx = from.idx[at + j];
-        offs[j] = first + (table ? from.table[idx] : uint32_t(idx) * scale);
-      }
-      if (from.values != nullptr) {
-        SK_UNROLL for (int j = 0; j < L; ++j) vals[j] = from.values[perm ? from.perm[at + j] : at + j];
-        __builtin_memcpy(val + i, vals, sizeof(vals));
-      }
-      __builtin_memcpy(off + i, offs, sizeof(offs));
-    }
-    off += length, entries -= length;
-    if (from.values != nullptr) val += length;
-  }
+void conv_sddmm(int64_t cells, const char* x, int64_t step, const char* d, int64_t d_row, int64_t d_step,
+                const RowLength* segments, int64_t n_segments, const uint32_t* off, T* out) {
+#define SK_RUN(n)                                                                                            \
+  return step == kCellBytes                                                                                  \
+             ? csr_sddmm_fixed<T, n, true>(x, step, d, d_row, d_step, segments, n_segments, off, false, out) \
+             : csr_sddmm_fixed<T, n, false>(x, step, d, d_row, d_step, segments, n_segments, off, false,     \
+                                            out)
+  if (cells == 8) SK_RUN(8);
+  SK_CELLS(SK_RUN);
+#undef SK_RUN
 }
 
 template <class T>
-void csr_stream(const StreamSource<T>* from, const RowLength* segments, const int32_t* begin,
-                const uint32_t* base, int64_t n_segments, int64_t entries, uint32_t* off, T* val) {
-  if (from->table != nullptr && from->perm != nullptr)
-    csr_stream_fixed<T, true, true>(*from, segments, begin, base, n_segments, entries, off, val);
-  else if (from->table != nullptr)
-    csr_stream_fixed<T, true, false>(*from, segments, begin, base, n_segments, entries, off, val);
-  else if (from->perm != nullptr)
-    csr_stream_fixed<T, false, true>(*from, segments, begin, base, n_segments, entries, off, val);
-  else
-    csr_stream_fixed<T, false, false>(*from, segments, begin, base, n_segments, entries, off, val);
+void csr_backward(int64_t cells, const char* d, const T* x, const RowLength* segments, int64_t n_segments,
+                  const uint16_t* near, const T* val, bool first, T* dx, bool fresh, T* out) {
+#define SK_RUN(n) \
+  return csr_backward_fixed<T, n>(d, x, segments, n_segments, near, val, first, dx, fresh, out)
+  SK_CELLS(SK_RUN);
+#undef SK_RUN
 }
+#undef SK_CELLS

@@ -1,7 +1,9 @@
 // Growth: keeps the k best inactive positions while the score matrix passes by in stripes of rows.
 #include <algorithm>
 #include <cmath>
-#include <numeric>
+#include <cstring>
+#include <functional>
+#include <type_traits>
 #include <vector>
 
 #include "../common/check.h"
@@ -10,8 +12,8 @@
 namespace sparse_kernels {
 namespace {
 
-// Candidates found so far, unordered: arrays with room for more than 2k, cut back to the k best
-// (score descending, then position ascending) whenever they are full.
+// Candidates found so far, by position: arrays with room for more than 2k, cut back to the k best
+// (score descending, then position ascending) whenever they are full, and between stripes.
 template <class T>
 struct Candidates {
   T* scores;
@@ -20,30 +22,56 @@ struct Candidates {
   T threshold;  // a score at or below it, at a later position, cannot be among the k best
 
   void keep_best() {
-    if (count <= k) return;
-    std::vector<std::pair<T, int64_t>> all(count);
-    for (int64_t i = 0; i < count; ++i) all[i] = {scores[i], positions[i]};
-    auto better = [](const auto& a, const auto& b) {
-      return a.first > b.first || (a.first == b.first && a.second < b.second);
-    };
-    std::nth_element(all.begin(), all.begin() + k, all.end(), better);
-    T lowest = k > 0 ? all[0].first : INFINITY;
-    for (int64_t i = 0; i < k; ++i) {
-      scores[i] = all[i].first, positions[i] = all[i].second;
-      lowest = std::min(lowest, all[i].first);
+    if (count <= k || k == 0) return;
+    std::vector<T> order(scores, scores + count);
+    std::nth_element(order.begin(), order.begin() + (k - 1), order.end(), std::greater<T>());
+    threshold = order[k - 1];
+    // Of equal scores the first ones stay, for positions ascend.
+    int64_t tied = k - std::count_if(scores, scores + count, [&](T s) { return s > threshold; });
+    int64_t kept = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      if (scores[i] < threshold || (scores[i] == threshold && tied-- <= 0)) continue;
+      scores[kept] = scores[i], positions[kept++] = positions[i];
     }
-    count = k, threshold = lowest;
+    count = k;
   }
 
   void offer(T score, int64_t position) {
-    if (score <= threshold) return;
     if (count == capacity) {
       keep_best();
       if (score <= threshold) return;
     }
     scores[count] = score, positions[count++] = position;
   }
+
+  // n scores at consecutive positions. Most runs hold nothing that is good enough.
+  void offer_run(const T* score, int64_t n, int64_t position) {
+    constexpr int64_t kRun = 16;
+    for (int64_t i = 0; i < n; i += kRun) {
+      const int64_t end = std::min(i + kRun, n);
+      int better = 0;
+      for (int64_t j = i; j < end; ++j) better |= score[j] > threshold;
+      if (better == 0) continue;
+      for (int64_t j = i; j < end; ++j)
+        if (score[j] > threshold) offer(score[j], position + j);
+    }
+  }
 };
+
+// By the bits of the exponent, which compilers turn into vector code, as they must not a sum of floats.
+template <class T>
+bool all_finite(const T* x, int64_t n) {
+  using Bits = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
+  const T infinity = INFINITY;
+  Bits exponent, found = 0;
+  std::memcpy(&exponent, &infinity, sizeof(T));
+  for (int64_t i = 0; i < n; ++i) {
+    Bits bits;
+    std::memcpy(&bits, x + i, sizeof(T));
+    found |= (bits & exponent) == exponent;
+  }
+  return found == 0;
+}
 
 template <class T>
 int64_t scan(const Tensor& scores, int64_t row_begin, IndexView<const int32_t> index, Tensor& active,
@@ -57,33 +85,33 @@ int64_t scan(const Tensor& scores, int64_t row_begin, IndexView<const int32_t> i
                      best_scores.numel(),
                      found,
                      k > 0 ? T(-1) : T(INFINITY)};
-  best.keep_best();
+  if (k > 0 && found >= k) best.threshold = *std::min_element(best.scores, best.scores + found);
   for (int64_t r = 0; r < rows; ++r, score += cols) {
     const int64_t row = row_begin + r, first = row * cols;
-    T sum = 0;  // of score * 0: NaN as soon as one score is not finite
-    for (int64_t c = 0; c < cols; ++c) sum += score[c] * T(0);
-    if (!(sum == 0)) return -1;
+    if (!all_finite(score, cols)) return -1;
     int64_t c = 0;
     for (int32_t i = index.row_ptr[row]; i < index.row_ptr[row + 1]; ++i) {
       const int64_t at = index.col_idx[i];
-      for (; c < at; ++c) best.offer(score[c], first + c);
-      out[i] = score[c++];
+      best.offer_run(score + c, at - c, first + c);
+      out[i] = score[at];
+      c = at + 1;
     }
-    for (; c < cols; ++c) best.offer(score[c], first + c);
+    best.offer_run(score + c, cols - c, first + c);
   }
+  best.keep_best();
   return best.count;
 }
 
 }  // namespace
 
 int64_t growth_scan(const Tensor& scores, int64_t row_begin, const Tensor& index, int64_t n, int64_t rows,
-                    int64_t cols, int64_t groups, bool planned, Tensor active, Tensor best_scores,
+                    int64_t cols, int64_t groups, int64_t plans, Tensor active, Tensor best_scores,
                     Tensor best_positions, int64_t k, int64_t found) {
   for (const Tensor* t :
        {&scores, &index, static_cast<const Tensor*>(&active), static_cast<const Tensor*>(&best_scores),
         static_cast<const Tensor*>(&best_positions)})
     check_cpu(*t, "growth_scan's tensors");
-  const IndexShape shape{rows, cols, groups, n, planned};
+  const IndexShape shape{rows, cols, groups, n, plans_of(plans)};
   check_size(index, 0, shape.size(), "index");
   check_size(active, 0, n, "active");
   check_size(scores, 1, cols, "scores");

@@ -6,16 +6,13 @@
 
 #include <cstdint>
 
+#include "../common/index.h"
+
 namespace sparse_kernels {
 
 constexpr int64_t kCellSize = 64;  // bytes
 
-// A run of entries of one output row, in the stream of a tile.
-struct RowLength {
-  int32_t row, length;
-};
-
-// The canonical arrays of one direction of a CSR topology, as a stream of entries is made from them:
+// The canonical arrays of one direction of a CSR topology, as the stream of a Conv2d is made from them:
 // off = base of the segment + (table[idx] or idx * scale), val = values[perm[i] or i].
 template <class T>
 struct StreamSource {
@@ -42,17 +39,28 @@ struct BlockRow {
 template <class T>
 struct Kernels {
   void (*pack)(const T* src, int64_t stride, int64_t tokens, int64_t features, T* panel, int64_t panel_stride,
-               int64_t cells);
+               int64_t cells, T* sums);
   void (*unpack)(const T* panel, int64_t panel_stride, int64_t tokens, int64_t features, T* dst,
                  int64_t stride);
   void (*column_sums)(const T* src, int64_t stride, int64_t tokens, int64_t features, T* out);
   void (*fill)(T* panel, int64_t features, int64_t lanes, const T* bias);
-  void (*csr_stream)(const StreamSource<T>* from, const RowLength* segments, const int32_t* begin,
-                     const uint32_t* base, int64_t n_segments, int64_t entries, uint32_t* off, T* val);
-  void (*csr_spmm)(int64_t cells, const char* x, int64_t step, const RowLength* segments, int64_t n_segments,
-                   const uint32_t* off, const T* val, T* y);
-  void (*csr_sddmm)(int64_t cells, const char* x, int64_t step, const char* d, int64_t d_row, int64_t d_step,
-                    const RowLength* segments, int64_t n_segments, const uint32_t* off, T* out);
+  void (*csr_collect)(const T* values, int64_t n, const RowLength* segments, const int32_t* begin,
+                      int64_t n_segments, int64_t entries, T* val);
+  void (*csr_scatter)(const T* values, const int32_t* slot, int64_t n, T* to);
+  void (*csr_gather)(const T* from, const int32_t* slot, int64_t n, T* values);
+  void (*csr_spmm)(int64_t cells, const char* x, const RowLength* segments, int64_t n_segments,
+                   const uint16_t* near, const T* val, const T* start, T* y);
+  void (*csr_sddmm)(int64_t cells, const char* x, const T* d, const RowLength* segments, int64_t n_segments,
+                    const uint16_t* near, bool fresh, T* out);
+  void (*csr_backward)(int64_t cells, const char* d, const T* x, const RowLength* segments,
+                       int64_t n_segments, const uint16_t* near, const T* val, bool first, T* dx, bool fresh,
+                       T* out);
+  void (*conv_stream)(const StreamSource<T>* from, const RowLength* segments, const int32_t* begin,
+                      const uint32_t* base, int64_t n_segments, int64_t entries, uint32_t* off, T* val);
+  void (*conv_spmm)(int64_t cells, const char* x, int64_t step, const RowLength* segments, int64_t n_segments,
+                    const uint32_t* off, const T* val, T* y);
+  void (*conv_sddmm)(int64_t cells, const char* x, int64_t step, const char* d, int64_t d_row, int64_t d_step,
+                     const RowLength* segments, int64_t n_segments, const uint32_t* off, T* out);
   void (*bsr_spmm)(int64_t cells, const BlockRow<T>* row, const char* x, int64_t x_row, int64_t step, T* y);
   void (*bsr_sddmm)(int64_t outputs, int64_t inputs, const char* x, int64_t x_row, const int64_t* x_cell,
                     const char* d, int64_t d_row, const int64_t* d_cell, int64_t count, T* out);

@@ -28,15 +28,18 @@ SK_INLINE void store_square(const Vec<T>* r, T* dst, int64_t stride, int64_t tok
 }
 
 // src [tokens][stride] -> panel: lane t of feature f at f * panel_stride + t, for cells * kCell tokens;
-// lanes past `tokens` are zero. Strides in elements.
-template <class T>
-void pack(const T* src, int64_t stride, int64_t tokens, int64_t features, T* panel, int64_t panel_stride,
-          int64_t cells) {
+// lanes past `tokens` are zero. Strides in elements. With sums: sums[f] = sum over the tokens, four runs of
+// every fourth token added up at the end.
+template <class T, bool with_sums>
+void pack_fixed(const T* src, int64_t stride, int64_t tokens, int64_t features, T* panel,
+                int64_t panel_stride, int64_t cells, T* sums) {
   constexpr int L = kLanes<T>;
-  for (int64_t f = 0; f < features; f += L)
+  for (int64_t f = 0; f < features; f += L) {
+    Vec<T> runs[4] = {};
     for (int64_t t = 0; t < cells * kCell<T>; t += L) {
       Vec<T> r[L];
       load_square(r, src + t * stride + f, stride, tokens - t, features - f);
+      if (with_sums) SK_UNROLL for (int i = 0; i < L; ++i) runs[(L < 4 ? t + i : i) % 4] += r[i];
       transpose<T>(r);
       T* out = panel + f * panel_stride + t;
       if (features - f >= L) {
@@ -45,14 +48,29 @@ void pack(const T* src, int64_t stride, int64_t tokens, int64_t features, T* pan
         for (int64_t i = 0; i < features - f; ++i) store(out + i * panel_stride, r[i]);
       }
     }
+    if (!with_sums) continue;
+    const Vec<T> total = (runs[0] + runs[1]) + (runs[2] + runs[3]);
+    if (features - f >= L)
+      store_loose(sums + f, total);
+    else
+      for (int64_t i = 0; i < features - f; ++i) sums[f + i] = total[i];
+  }
+}
+
+template <class T>
+void pack(const T* src, int64_t stride, int64_t tokens, int64_t features, T* panel, int64_t panel_stride,
+          int64_t cells, T* sums) {
+  if (sums != nullptr)
+    return pack_fixed<T, true>(src, stride, tokens, features, panel, panel_stride, cells, sums);
+  pack_fixed<T, false>(src, stride, tokens, features, panel, panel_stride, cells, nullptr);
 }
 
 // The inverse: panel -> dst [tokens][stride].
 template <class T>
 void unpack(const T* panel, int64_t panel_stride, int64_t tokens, int64_t features, T* dst, int64_t stride) {
   constexpr int L = kLanes<T>;
-  for (int64_t f = 0; f < features; f += L)
-    for (int64_t t = 0; t < tokens; t += L) {
+  for (int64_t t = 0; t < tokens; t += L)
+    for (int64_t f = 0; f < features; f += L) {
       const T* in = panel + f * panel_stride + t;
       Vec<T> r[L];
       SK_UNROLL for (int i = 0; i < L; ++i) r[i] = i < features - f ? load(in + i * panel_stride) : Vec<T>{};

@@ -55,17 +55,29 @@ SK_INLINE Vec<T> splat(T s) {
   return s - Vec<T>{};
 }
 
-// Lane l of the result is a[l] where bit `half` of l is clear, else b[l]: a blend.
+// Keeps a loaded vector in its register: the compiler would rather load it again for every use, and
+// loads are what the kernels are bound by.
+template <class V>
+SK_INLINE void keep(V& v) {
+#if defined(__x86_64__) && SK_VECTOR_BYTES == 64
+  asm("" : "+v"(v));
+#elif defined(__x86_64__)
+  asm("" : "+x"(v));
+#endif
+}
+
+// Lane l of the result is a[l] where bit `half` of l is clear, else b[l]. Written as a choice, not a shuffle:
+// every vector port blends, one shuffles.
 template <class T, int half>
 SK_INLINE Vec<T> blend(Vec<T> a, Vec<T> b) {
-  typename VectorOf<T>::mask m;
-  SK_UNROLL for (int l = 0; l < kLanes<T>; ++l) m[l] = (l & half) ? kLanes<T> + l : l;
 #if defined(__clang__)
   Vec<T> r;
   SK_UNROLL for (int l = 0; l < kLanes<T>; ++l) r[l] = (l & half) ? b[l] : a[l];
   return r;
 #else
-  return __builtin_shuffle(a, b, m);
+  typename VectorOf<T>::mask from_b;
+  SK_UNROLL for (int l = 0; l < kLanes<T>; ++l) from_b[l] = (l & half) ? -1 : 0;
+  return from_b ? b : a;
 #endif
 }
 
@@ -118,6 +130,7 @@ SK_INLINE void transpose(Vec<T>* rows) {
 // each stage: blend + cross + add, in a fixed order of additions.
 template <class T, int half>
 SK_INLINE Vec<T> reduce_stages(Vec<T>* r) {
+  if constexpr (half == 0) return r[0];
   SK_UNROLL for (int i = 0; i < half; ++i) r[i] =
       blend<T, half>(r[i], r[i + half]) + cross<T, half>(r[i], r[i + half]);
   if constexpr (half > 1) return reduce_stages<T, half / 2>(r);
@@ -127,4 +140,41 @@ SK_INLINE Vec<T> reduce_stages(Vec<T>* r) {
 template <class T>
 SK_INLINE Vec<T> reduce(Vec<T>* vectors) {
   return reduce_stages<T, kLanes<T> / 2>(vectors);
+}
+
+// The same sums, in the same order of additions, from halves in memory: low + i * kLanes / 2 has the lower
+// half of vector i, high the upper. Loads replace the shuffles of the first stage.
+template <class T>
+SK_INLINE Vec<T> reduce_halves(const T* low, const T* high) {
+  constexpr int L = kLanes<T>;
+  Vec<T> r[L / 2];  // vectors 2 i and 2 i + 1, half a vector each
+  SK_UNROLL for (int i = 0; i < L / 2; ++i) r[i] = load(low + i * L) + load(high + i * L);
+  const Vec<T> sums = reduce_stages<T, L / 4>(r);
+  typename VectorOf<T>::mask order;
+  SK_UNROLL for (int l = 0; l < L; ++l) order[l] = l / 2 + (l & 1) * (L / 2);
+#if defined(__clang__)
+  Vec<T> ordered;
+  SK_UNROLL for (int l = 0; l < L; ++l) ordered[l] = sums[order[l]];
+  return ordered;
+#else
+  return __builtin_shuffle(sums, order);
+#endif
+}
+
+// Stores the two halves of a vector. By hand where it counts: compilers shuffle the upper half down first,
+// which takes the one port that shuffles; the store alone does not.
+template <class T>
+SK_INLINE void store_halves(T* low, T* high, Vec<T> v) {
+#if defined(__x86_64__) && SK_VECTOR_BYTES == 64
+  typedef T Half __attribute__((vector_size(kVectorBytes / 2), may_alias));
+  asm("vextractf64x4 $0, %1, %0" : "=m"(*reinterpret_cast<Half*>(low)) : "v"(v));
+  asm("vextractf64x4 $1, %1, %0" : "=m"(*reinterpret_cast<Half*>(high)) : "v"(v));
+#elif defined(__x86_64__) && SK_VECTOR_BYTES == 32
+  typedef T Half __attribute__((vector_size(kVectorBytes / 2), may_alias));
+  asm("vextractf128 $0, %1, %0" : "=m"(*reinterpret_cast<Half*>(low)) : "x"(v));
+  asm("vextractf128 $1, %1, %0" : "=m"(*reinterpret_cast<Half*>(high)) : "x"(v));
+#else
+  constexpr int H = kLanes<T> / 2;
+  SK_UNROLL for (int l = 0; l < H; ++l) low[l] = v[l], high[l] = v[H + l];
+#endif
 }

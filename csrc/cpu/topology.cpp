@@ -9,13 +9,18 @@
 namespace sparse_kernels {
 namespace {
 
-// Row segments of every column tile, shortest first (stable, so the order is a function of the
-// topology alone). Counting sort by length: O(n + rows * tiles).
-void fill_plan(PlanView<int32_t> plan, const int32_t* ptr, const int32_t* idx, int64_t rows) {
+struct Segment {
+  int32_t row, begin, length;
+};
+
+// The segments of every piece, shortest first (stable, so the order is a function of the topology alone), by
+// a counting sort, and their entries. idx: columns in canonical order; perm, for a reordered plan: where the
+// value of each stands. O(n + rows * tiles + pieces * width).
+void fill_plan(PlanView<int32_t> plan, const int32_t* ptr, const int32_t* idx, const int32_t* perm) {
   const PlanShape& shape = plan.shape;
   const int64_t width = shape.width;
   std::vector<std::vector<Segment>> tiles(shape.tiles);
-  for (int64_t row = 0; row < rows; ++row) {
+  for (int64_t row = 0; row < shape.rows; ++row) {
     int32_t at = ptr[row];
     const int32_t end = ptr[row + 1];
     while (at < end) {
@@ -23,24 +28,44 @@ void fill_plan(PlanView<int32_t> plan, const int32_t* ptr, const int32_t* idx, i
       const int64_t limit = (tile + 1) * width;
       const int32_t begin = at;
       while (at < end && idx[at] < limit) ++at;
-      tiles[tile].push_back({static_cast<int32_t>(row), begin, at});
+      tiles[tile].push_back({static_cast<int32_t>(row), begin, at - begin});
     }
   }
-  int32_t written = 0;
-  std::vector<int32_t> start(width + 2);
-  for (int64_t tile = 0; tile < shape.tiles; ++tile) {
-    plan.tile_ptr[tile] = written;
+  int32_t written = 0, entry = 0;
+  std::vector<int32_t> start(width + 2), begin(shape.capacity);
+  for (int64_t piece = 0, s = 0; piece < shape.pieces(); ++piece) {
+    const std::vector<Segment>& tile = tiles[piece / shape.blocks];
+    const int64_t rows_end = (piece % shape.blocks + 1) * shape.block;
+    if (piece % shape.blocks == 0) s = 0;
+    const int64_t first = s, count = static_cast<int64_t>(tile.size());
+    while (s < count && tile[s].row < rows_end) ++s;
+    plan.piece_segment[piece] = written, plan.piece_entry[piece] = entry;
+    if (first == s) continue;
     std::fill(start.begin(), start.end(), 0);
-    for (const Segment& s : tiles[tile]) ++start[s.end - s.begin + 1];
+    for (int64_t i = first; i < s; ++i) ++start[tile[i].length + 1], entry += tile[i].length;
     for (int64_t length = 1; length < width + 2; ++length) start[length] += start[length - 1];
-    for (const Segment& s : tiles[tile]) {
-      int32_t* slot = plan.segments + 3 * (written + start[s.end - s.begin]++);
-      slot[0] = s.row, slot[1] = s.begin, slot[2] = s.end;
+    for (int64_t i = first; i < s; ++i) {
+      const int32_t slot = written + start[tile[i].length]++;
+      plan.segments[2 * slot] = tile[i].row, plan.segments[2 * slot + 1] = tile[i].length;
+      begin[slot] = tile[i].begin;
     }
-    written += static_cast<int32_t>(tiles[tile].size());
+    written += static_cast<int32_t>(s - first);
   }
-  plan.tile_ptr[shape.tiles] = written;
-  std::fill(plan.segments + 3 * written, plan.segments + 3 * shape.capacity, 0);
+  plan.piece_segment[shape.pieces()] = written, plan.piece_entry[shape.pieces()] = entry;
+  std::fill(plan.segments + 2 * written, plan.segments + 2 * shape.capacity, 0);
+  if (shape.begins) std::copy(begin.begin(), begin.end(), plan.begin);
+  if (!shape.entries) return;
+
+  uint16_t* near = reinterpret_cast<uint16_t*>(plan.near_entries);
+  if (shape.n % 2 == 1) near[shape.n] = 0;  // the other half of the last integer
+  for (int64_t piece = 0, k = 0; piece < shape.pieces(); ++piece) {
+    const int32_t first_column = static_cast<int32_t>(piece / shape.blocks * width);
+    for (int64_t s = plan.piece_segment[piece]; s < plan.piece_segment[piece + 1]; ++s)
+      for (int32_t i = begin[s]; i < begin[s] + plan.segments[2 * s + 1]; ++i, ++k) {
+        near[k] = static_cast<uint16_t>((idx[i] - first_column) * kNear);
+        if (shape.reordered) plan.slot[perm[i]] = static_cast<int32_t>(k);
+      }
+  }
 }
 
 // Everything of the buffer from sorted, distinct positions.
@@ -64,16 +89,16 @@ void fill_index(int32_t* base, IndexShape shape, const int64_t* positions) {
   for (int64_t r = 0; r < shape.rows; ++r) view.row_ptr[r + 1] += view.row_ptr[r];
   for (int64_t c = 0; c < columns; ++c) view.col_ptr[c + 1] += view.col_ptr[c];
 
-  std::vector<int32_t> next(view.col_ptr, view.col_ptr + columns);
+  std::vector<int32_t> next(view.col_ptr, view.col_ptr + columns), transpose(shape.transposed() ? 0 : 2 * n);
+  int32_t* row_idx = shape.transposed() ? view.row_idx : transpose.data();
+  int32_t* perm = shape.transposed() ? view.perm : transpose.data() + n;
   for (int64_t i = 0; i < n; ++i) {
     const int32_t slot = next[column_of[i]]++;
-    view.row_idx[slot] = row_of[i];
-    view.perm[slot] = static_cast<int32_t>(i);
+    row_idx[slot] = row_of[i];
+    perm[slot] = static_cast<int32_t>(i);
   }
-  if (shape.planned) {
-    fill_plan(view.row_plan, view.row_ptr, view.col_idx, shape.rows);
-    fill_plan(view.col_plan, view.col_ptr, view.row_idx, columns);
-  }
+  if (shape.plans != Plans::kNone) fill_plan(view.row_plan, view.row_ptr, view.col_idx, nullptr);
+  if (shape.plans == Plans::kLinear) fill_plan(view.col_plan, view.col_ptr, row_idx, perm);
 }
 
 Tensor build(const Tensor& positions, IndexShape shape) {
@@ -84,21 +109,21 @@ Tensor build(const Tensor& positions, IndexShape shape) {
 
 }  // namespace
 
-Tensor index_build(const Tensor& positions, int64_t rows, int64_t cols, int64_t groups, bool planned) {
+Tensor index_build(const Tensor& positions, int64_t rows, int64_t cols, int64_t groups, int64_t plans) {
   check_cpu(positions, "positions");
   check_dtype(positions, ScalarType::Long, "positions");
-  return build(positions, {rows, cols, groups, positions.numel(), planned});
+  return build(positions, {rows, cols, groups, positions.numel(), plans_of(plans)});
 }
 
 std::tuple<Tensor, Tensor> index_update(const Tensor& index, int64_t n, int64_t rows, int64_t cols,
-                                        int64_t groups, bool planned, const Tensor& drop,
+                                        int64_t groups, int64_t plans, const Tensor& drop,
                                         const Tensor& grow) {
   for (const Tensor* t : {&drop, &grow}) {
     check_cpu(*t, "drop and grow");
     check_dtype(*t, ScalarType::Long, "drop and grow");
   }
   check_cpu(index, "index");
-  const IndexShape shape{rows, cols, groups, n, planned};
+  const IndexShape shape{rows, cols, groups, n, plans_of(plans)};
   check_size(index, 0, shape.size(), "index");
   const IndexView<const int32_t> view(index.const_data_ptr<int32_t>(), shape);
   const int64_t k = drop.numel(), total = rows * cols;

@@ -158,14 +158,18 @@ def cases(
 # running --------------------------------------------------------------------------------------
 
 
-def run(case: Case, backend: str = "cpu") -> dict[str, Tensor]:
-    """Output and gradients: y, dx, dvalues, dbias."""
-    leaves = {"dx": case.x, "dvalues": case.values, "dbias": case.bias}
-    leaves = {k: t.detach().requires_grad_() for k, t in leaves.items() if t is not None}
+GRADIENTS = ("dx", "dvalues", "dbias")
+
+
+def run(case: Case, backend: str = "cpu", wanted: tuple[str, ...] = GRADIENTS) -> dict[str, Tensor]:
+    """Output y and the gradients wanted."""
+    inputs = dict(zip(GRADIENTS, (case.x, case.values, case.bias), strict=True))
+    leaves = {k: t.detach().requires_grad_(k in wanted) for k, t in inputs.items() if t is not None}
     with sk.use_backend(backend):
         y = case.forward(leaves["dx"], leaves["dvalues"], leaves.get("dbias"))
-        grads = torch.autograd.grad(y, tuple(leaves.values()), case.dy.to(y.dtype))
-    return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
+        names = [k for k in leaves if k in wanted]
+        grads = torch.autograd.grad(y, [leaves[k] for k in names], case.dy.to(y.dtype))
+    return {"y": y.detach(), **dict(zip(names, grads, strict=True))}
 
 
 def dense_run(case: Case) -> dict[str, Tensor]:

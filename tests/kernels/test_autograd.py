@@ -141,7 +141,7 @@ def test_operators_are_registered_correctly(kind):
 
 def test_topology_operators_declare_what_they_write():
     topology = sk.Topology.random((6, 9), 0.3, generator=torch.Generator().manual_seed(0))
-    grid = (topology.rows, topology.cols, topology.groups, topology._planned)
+    grid = (topology.rows, topology.cols, topology.groups, topology._plans)
     utilities = ("test_schema", "test_autograd_registration")
     torch.library.opcheck(_ops.index_build, (topology.positions(), *grid), test_utils=utilities)
     drop = torch.tensor([0, 3])

@@ -60,6 +60,18 @@ def test_threads_and_repeats_do_not_change_a_bit(case, threads):
         assert digest(kc.run(case)) == wanted, f"{case.name}: repeat {repeat}"
 
 
+@pytest.mark.parametrize("case", list(big_cases()), ids=lambda c: c.name)
+def test_a_gradient_alone_has_the_bits_it_has_among_others(case, threads):
+    """What is not asked for is not computed, by other kernels: the order of the sums stays."""
+    threads(1)
+    together = kc.run(case)
+    for count in (1, 2, 3):
+        threads(count)
+        for name in kc.GRADIENTS:
+            alone = kc.run(case, wanted=(name,))[name]
+            assert torch.equal(alone, together[name]), f"{case.name}: {name} alone with {count} threads"
+
+
 def large_cases(kind, count):
     """Random cases with work enough for several threads, counted at their density."""
     for seed in range(10_000):

@@ -40,6 +40,23 @@ def compare(ours, exact, topology, label):
         assert torch.allclose(a.double(), e, rtol=tolerance, atol=tolerance), f"{label}: {name}"
 
 
+@pytest.mark.parametrize("dtype", testing.NATIVE_DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(40, 2500), (2500, 40), (520, 700)], ids=str)
+def test_linear_across_tiles_and_blocks(shape, dtype):
+    """CSR kernels take columns in tiles and rows in blocks (csrc/common/index.h): more than one of each, with
+    rows that some tile, or every tile, leaves out."""
+    generator = torch.Generator().manual_seed(0)
+    for pattern, density in itertools.product(testing.PATTERNS, (0.003, 0.2)):
+        topology = testing.random_topology(shape, pattern, density, generator=generator)
+        x, dy = (fill(generator, 70, n, dtype=dtype) for n in reversed(shape))
+        values, bias = (fill(generator, n, dtype=dtype) for n in (topology.nnz, shape[0]))
+        case = kc.Case(f"{topology} {pattern}", x, values, topology, bias, dy)
+        together = kc.run(case)
+        assert not kc.check_bounds(case, together)
+        for name in kc.GRADIENTS:
+            assert torch.equal(kc.run(case, wanted=(name,))[name], together[name]), f"{case.name}: {name}"
+
+
 @pytest.mark.parametrize("backend", ["cpu", "dense", "auto"])
 @pytest.mark.parametrize("block", [(1, 1), (2, 3), (4, 4)], ids=str)
 def test_linear_edges(block, backend):

@@ -142,8 +142,10 @@ def test_a_dense_size_beyond_memory_is_no_obstacle():
 
 @pytest.mark.parametrize("broken", ["row_ptr", "col_idx", "col_ptr", "row_idx", "perm"])
 def test_validate_names_the_broken_array(broken):
-    for block_size in (1, 2):
-        topology = Topology.random((12, 16), 0.4, block_size, generator=torch.Generator().manual_seed(1))
+    for shape, block_size in (((12, 16), 1), ((12, 16), 2), ((12, 4, 2, 2), 1)):
+        topology = Topology.random(shape, 0.4, block_size, generator=torch.Generator().manual_seed(1))
+        if broken in ("row_idx", "perm") and shape == (12, 16) and block_size == 1:
+            continue  # not stored there
         array = getattr(topology, broken)
         array[array.numel() // 2] += 1
         # Row pointers and columns cannot be told apart: a shifted pointer is also a wrong order of columns.

@@ -1,0 +1,229 @@
+// Gradients of a Linear.
+#pragma once
+
+#include "linear_weights.h"
+
+namespace sparse_kernels {
+
+// dY [tokens, out] as panels, tile by tile, and the bias gradient on the way.
+template <class T>
+class OutputGradient {
+ public:
+  OutputGradient(const LinearShape& shape, const T* dy, int64_t cells, T* db)
+      : shape_(shape),
+        dy_(dy),
+        cells_(cells),
+        lanes_(cells * kCellSize / static_cast<int64_t>(sizeof(T))),
+        db_(db),
+        sums_(db != nullptr ? tiles() * shape.out : 0) {}
+
+  int64_t lanes() const { return lanes_; }
+  int64_t tiles() const { return (shape_.tokens + lanes_ - 1) / lanes_; }
+  int64_t tokens(int64_t tile) const { return std::min(lanes_, shape_.tokens - tile * lanes_); }
+
+  void pack(int64_t tile, T* panel) const {
+    kernels_for<T>().pack(dy_ + tile * lanes_ * shape_.out, shape_.out, tokens(tile), shape_.out, panel,
+                          lanes_, cells_, db_ != nullptr ? sums_.get() + tile * shape_.out : nullptr);
+  }
+
+  // When every tile has been packed: adds their sums up in order, whoever packed them.
+  void finish() const {
+    if (db_ == nullptr) return;
+    std::fill_n(db_, shape_.out, T(0));
+    for (int64_t tile = 0; tile < tiles(); ++tile)
+      for (int64_t f = 0; f < shape_.out; ++f) db_[f] += sums_[tile * shape_.out + f];
+  }
+
+ private:
+  const LinearShape shape_;
+  const T* const dy_;
+  const int64_t cells_, lanes_;
+  T* const db_;
+  const Buffer<T> sums_;  // of every tile
+};
+
+// Cells of tokens that a block's gradient is summed over in registers before lanes are added up.
+constexpr int64_t kCellsAtOnce = 16;
+
+// Cuts every tile's segments into `parts` of nearly equal entries: pairs (segment, entry), those of part p of
+// tile t from pair t * (parts + 1) + p to the next.
+inline std::vector<int64_t> segment_cut(const PlanView<const int32_t>& plan, int64_t parts) {
+  std::vector<int64_t> cut;
+  for (int64_t t = 0; t < plan.shape.tiles; ++t) {
+    const int64_t piece = t * plan.shape.blocks, end = piece + plan.shape.blocks;
+    int64_t s = plan.piece_segment[piece], at = plan.piece_entry[piece];
+    const int64_t begin = at, total = plan.piece_entry[end] - begin;
+    for (int64_t p = 0; p <= parts; ++p) {
+      while (s < plan.piece_segment[end] && at < begin + total * p / parts) at += plan.runs()[s++].length;
+      cut.push_back(s), cut.push_back(at);
+    }
+  }
+  return cut;
+}
+
+// Weight gradient of a chunk of packed tiles: dw (in plan order for CSR) += dY^T X at the active positions;
+// `fresh`, CSR only: = instead. Each thread owns some entries over all tiles, in order: the same sums for any
+// number of threads.
+template <class T>
+void weight_gradient(const LinearShape& shape, const Side<T>& side, int64_t cells, const T* xs, const T* ds,
+                     int64_t tiles, bool fresh, T* dw) {
+  const Kernels<T>& kernel = kernels_for<T>();
+  const int64_t pitch = cells * kCellSize;
+  const char *x0 = reinterpret_cast<const char*>(xs), *d0 = reinterpret_cast<const char*>(ds);
+  const double work = static_cast<double>(tiles) * pitch / sizeof(T) * shape.n * shape.b_out * shape.b_in;
+  if (shape.csr) {
+    const PlanView<const int32_t>& plan = side.csr().plan();
+    const int64_t parts = worthwhile_threads(work);
+    const std::vector<int64_t> cut = segment_cut(plan, parts);
+    parallel(parts, work, [&](int64_t first, int64_t last) {
+      for (int64_t tile = 0; tile < tiles; ++tile)
+        for (int64_t t = 0; t < plan.shape.tiles; ++t)
+          for (int64_t part = first; part < last; ++part) {
+            const int64_t *at = &cut[2 * (t * (parts + 1) + part)], *end = at + 2;
+            kernel.csr_sddmm(cells, x0 + (tile * shape.in + t * plan.shape.width) * pitch,
+                             ds + tile * shape.out * pitch / static_cast<int64_t>(sizeof(T)),
+                             plan.runs() + at[0], end[0] - at[0], plan.near() + at[1], fresh && tile == 0,
+                             dw + at[1]);
+          }
+    });
+    return;
+  }
+  parallel(shape.rows, work, [&](int64_t first, int64_t last) {
+    std::vector<int64_t> x_cell, d_cell;
+    const BsrSide<T>& blocks = side.bsr();
+    for (int64_t c0 = 0; c0 < tiles * cells; c0 += kCellsAtOnce) {
+      x_cell.clear(), d_cell.clear();
+      for (int64_t c = c0; c < std::min(c0 + kCellsAtOnce, tiles * cells); ++c) {
+        x_cell.push_back(c / cells * shape.in * pitch + c % cells * kCellSize);
+        d_cell.push_back(c / cells * shape.out * pitch + c % cells * kCellSize);
+      }
+      for (int64_t r = first; r < last; ++r) {
+        const BlockRow<T> row = blocks.block_row(r);
+        for (int64_t b = row.begin; b < row.end; ++b)
+          kernel.bsr_sddmm(shape.b_out, shape.b_in, x0 + row.off[b], pitch, x_cell.data(),
+                           d0 + r * shape.b_out * pitch, pitch, d_cell.data(),
+                           static_cast<int64_t>(x_cell.size()), dw + b * row.block_numel);
+      }
+    }
+  });
+}
+
+// Bounds of `parts` runs of blocks of columns, of nearly equal entries.
+inline std::vector<int64_t> block_cut(const IndexView<const int32_t>& view, int64_t parts) {
+  const PlanShape& plan = view.col_plan.shape;
+  std::vector<int64_t> cut{0};
+  for (int64_t p = 1; p < parts; ++p) {
+    const int32_t target = static_cast<int32_t>(plan.n * p / parts);
+    const int64_t column = std::lower_bound(view.col_ptr, view.col_ptr + plan.rows, target) - view.col_ptr;
+    cut.push_back(std::clamp((column + plan.block / 2) / plan.block, cut.back(), plan.blocks));
+  }
+  cut.push_back(plan.blocks);
+  return cut;
+}
+
+// Both gradients of CSR weights in one pass over the columns. A thread owns a run of columns over all
+// tokens, in order: no two add to the same sum, and the sums are those of any other number of threads.
+template <class T>
+void csr_backward(const LinearShape& shape, const IndexView<const int32_t>& view, const T* x, const T* values,
+                  int64_t cells, const OutputGradient<T>& dy, T* dx, T* dw) {
+  const Kernels<T>& kernel = kernels_for<T>();
+  const int64_t lanes = dy.lanes(), parts = worthwhile_threads(shape.work());
+  const CsrSide<T> side(view, true, values, nullptr);
+  const std::vector<int64_t> cut = block_cut(view, parts);
+
+  // A tile for each thread at a time, so that dY's panels are still in cache when all threads read them.
+  const int64_t chunk = std::min(parts, dy.tiles());
+  const Buffer<T> sums(shape.n), ds(chunk * shape.out * lanes), in(shape.in * lanes), out(shape.in * lanes);
+  for (int64_t start = 0; start < dy.tiles(); start += chunk) {
+    const int64_t end = std::min(start + chunk, dy.tiles());
+    const double work = shape.work() * (end - start) / dy.tiles();
+    parallel(end - start, work, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) dy.pack(start + i, ds.get() + i * shape.out * lanes);
+    });
+    parallel(parts, work, [&](int64_t first, int64_t last) {
+      const int64_t block = side.plan().shape.block, column = cut[first] * block,
+                    width = std::min(cut[last] * block, shape.in) - column;
+      if (width <= 0) return;
+      T *in_columns = in.get() + column * lanes, *out_columns = out.get() + column * lanes;
+      for (int64_t tile = start; tile < end; ++tile) {
+        const int64_t at = tile * lanes * shape.in + column;
+        kernel.pack(x + at, shape.in, dy.tokens(tile), width, in_columns, lanes, cells, nullptr);
+        side.start_absent(kernel, cells, column, column + width, out.get());
+        const T* d = ds.get() + (tile - start) * shape.out * lanes;
+        side.each_tile(
+            cut[first], cut[last],
+            [&](int64_t row, const RowLength* segments, int64_t n, const uint16_t* near, int64_t entry) {
+              kernel.csr_backward(cells, reinterpret_cast<const char*>(d + row * lanes), in.get(), segments,
+                                  n, near, side.values() + entry, row == 0, out.get(), tile == 0,
+                                  sums.get() + entry);
+            });
+        kernel.unpack(out_columns, lanes, dy.tokens(tile), width, dx + at, shape.in);
+      }
+    });
+  }
+  side.restore(sums.get(), dw);
+}
+
+// The gradients that are not null.
+template <class T>
+void linear_gradients(const LinearShape& shape, const T* dy_data, const T* x, const T* values,
+                      const int32_t* index, T* dx, T* dw, T* db) {
+  const Kernels<T>& kernel = kernels_for<T>();
+  const IndexView<const int32_t> view(index, shape.index());
+  if (shape.tokens == 0 && dw != nullptr) std::fill_n(dw, shape.n * shape.b_out * shape.b_in, T(0));
+  if (shape.tokens == 0 && db != nullptr) std::fill_n(db, shape.out, T(0));
+  if (shape.tokens == 0) return;
+
+  // Not a function of the threads where sums over tokens follow the tiles.
+  const bool sums_tokens = dw != nullptr || db != nullptr;
+  const int64_t cells = tile_cells<T>(shape.tokens, sums_tokens ? 1 : worthwhile_threads(shape.work()));
+  check_tile_bytes(std::max(shape.in, shape.out) * cells * kCellSize);
+  const OutputGradient<T> dy(shape, dy_data, cells, db);
+  const int64_t lanes = dy.lanes(), tiles = dy.tiles();
+  // In one pass, unless that would leave threads without a block of columns.
+  if (shape.csr && dx != nullptr && dw != nullptr &&
+      worthwhile_threads(shape.work()) <= std::max<int64_t>(1, view.col_plan.shape.blocks)) {
+    csr_backward(shape, view, x, values, cells, dy, dx, dw);
+    return dy.finish();
+  }
+
+  std::unique_ptr<Side<T>> columns, rows;
+  if (dx != nullptr) columns = std::make_unique<Side<T>>(shape, view, true, values, nullptr, cells);
+  if (dw != nullptr) rows = std::make_unique<Side<T>>(shape, view, cells);
+  // Panels of x and dY are kept for the weight gradient: one tile a thread at a time, so that they are
+  // still in cache when it reads them; for blocks, whose sums are reduced once for kCellsAtOnce cells, a
+  // whole number of those.
+  const int64_t unit = shape.csr ? 1 : kCellsAtOnce / cells;
+  const int64_t wanted = (worthwhile_threads(shape.work()) + unit - 1) / unit * unit;
+  const int64_t chunk = std::min(dw == nullptr ? tiles : wanted, tiles);
+  const Buffer<T> xs(dw != nullptr ? chunk * shape.in * lanes : 0),
+      ds(dw != nullptr ? chunk * shape.out * lanes : 0);
+  const Buffer<T> sums(dw != nullptr && shape.csr ? shape.n : 0);
+  if (dw != nullptr && !shape.csr) std::fill_n(dw, shape.n * shape.b_out * shape.b_in, T(0));
+
+  for (int64_t start = 0; start < tiles; start += chunk) {
+    const int64_t count = std::min(chunk, tiles - start);
+    parallel(count, shape.work() * count / tiles, [&](int64_t first, int64_t last) {
+      const Buffer<T> own(dw != nullptr ? 0 : shape.out * lanes), out(dx != nullptr ? shape.in * lanes : 0);
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t at = (start + i) * lanes * shape.in, tokens = dy.tokens(start + i);
+        T* d = dw != nullptr ? ds.get() + i * shape.out * lanes : own.get();
+        dy.pack(start + i, d);
+        if (dx != nullptr) {
+          columns->spmm(kernel, d, out.get());
+          kernel.unpack(out.get(), lanes, tokens, shape.in, dx + at, shape.in);
+        }
+        if (dw != nullptr)
+          kernel.pack(x + at, shape.in, tokens, shape.in, xs.get() + i * shape.in * lanes, lanes, cells,
+                      nullptr);
+      }
+    });
+    if (dw != nullptr)
+      weight_gradient(shape, *rows, cells, xs.get(), ds.get(), count, start == 0,
+                      shape.csr ? sums.get() : dw);
+  }
+  if (dw != nullptr && shape.csr) rows->csr().restore(sums.get(), dw);
+  dy.finish();
+}
+
+}  // namespace sparse_kernels

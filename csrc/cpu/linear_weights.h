@@ -1,0 +1,230 @@
+// The weights of a Linear as the drivers hand them to the kernels: one direction at a time, CSR or BSR.
+#pragma once
+
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+#include "driver.h"
+
+namespace sparse_kernels {
+
+struct LinearShape {
+  int64_t tokens, in, out, rows, cols, b_out, b_in, n;
+  bool csr;
+  IndexShape index() const { return {rows, cols, 1, n, csr ? Plans::kLinear : Plans::kNone}; }
+  double work() const { return static_cast<double>(tokens) * n * b_out * b_in; }
+};
+
+inline LinearShape linear_shape(const Tensor& x, const Tensor& values, int64_t rows, int64_t cols) {
+  const bool csr = values.dim() == 1;
+  STD_TORCH_CHECK(csr || values.dim() == 3, "values must be [nnz] or [n_blocks, b_out, b_in]");
+  const int64_t b_out = csr ? 1 : values.size(1), b_in = csr ? 1 : values.size(2);
+  STD_TORCH_CHECK(x.dim() == 2, "x must be [tokens, in]");
+  return {x.size(0), cols * b_in, rows * b_out, rows, cols, b_out, b_in, values.size(0), csr};
+}
+
+// One direction of CSR weights, in the order of its plan: row-wise (forward, weight gradient) or column-wise
+// (input gradient).
+template <class T>
+class CsrSide {
+ public:
+  // The positions alone, for a weight gradient.
+  CsrSide(const IndexView<const int32_t>& index, bool transposed)
+      : plan_(transposed ? index.col_plan : index.row_plan), values_(0) {}
+
+  // For products, whose rows start from bias [rows], or zero if it is null.
+  CsrSide(const IndexView<const int32_t>& index, bool transposed, const T* values, const T* bias)
+      : plan_(transposed ? index.col_plan : index.row_plan),
+        values_(plan_.shape.n),
+        start_(plan_.shape.rows, T(0)) {
+    collect(values);
+    if (bias != nullptr) std::copy_n(bias, plan_.shape.rows, start_.begin());
+    std::vector<char> met(plan_.shape.rows, 0);
+    for (int64_t s = 0; plan_.shape.tiles > 0 && s < plan_.piece_segment[plan_.shape.blocks]; ++s)
+      met[plan_.runs()[s].row] = 1;
+    for (int64_t r = 0; r < plan_.shape.rows; ++r)
+      if (met[r] == 0) absent_.push_back(r);
+  }
+
+  // f(x's first column, segments, their number, near, index of the first entry) for every tile, of the
+  // segments of blocks [first, last).
+  template <class F>
+  void each_tile(int64_t first, int64_t last, const F& f) const {
+    for (int64_t tile = 0; tile < plan_.shape.tiles; ++tile) {
+      const int64_t piece = tile * plan_.shape.blocks, segment = plan_.piece_segment[piece + first],
+                    entry = plan_.piece_entry[piece + first];
+      f(tile * plan_.shape.width, plan_.runs() + segment, plan_.piece_segment[piece + last] - segment,
+        plan_.near() + entry, entry);
+    }
+  }
+
+  // The rows in [first, last) of out [rows][cells] that the first tile does not set: it sets the others.
+  void start_absent(const Kernels<T>& kernel, int64_t cells, int64_t first, int64_t last, T* out) const {
+    const int64_t lanes = cells * kCellSize / static_cast<int64_t>(sizeof(T));
+    for (auto r = std::lower_bound(absent_.begin(), absent_.end(), first); r != absent_.end() && *r < last;
+         ++r)
+      kernel.fill(out + *r * lanes, 1, lanes, &start_[*r]);
+  }
+
+  // out [rows][cells] = bias + W * in [columns][cells].
+  void spmm(const Kernels<T>& kernel, int64_t cells, const T* in, T* out) const {
+    start_absent(kernel, cells, 0, plan_.shape.rows, out);
+    each_tile(
+        0, plan_.shape.blocks,
+        [&](int64_t column, const RowLength* segments, int64_t count, const uint16_t* near, int64_t entry) {
+          kernel.csr_spmm(cells, reinterpret_cast<const char*>(in) + column * cells * kCellSize, segments,
+                          count, near, values() + entry, column == 0 ? start_.data() : nullptr, out);
+        });
+  }
+
+  // Results in plan order -> order of the values.
+  void restore(const T* from, T* to) const {
+    if (plan_.shape.reordered)
+      return each_run([&](int64_t begin, int64_t n) {
+        kernels_for<T>().csr_gather(from, plan_.slot + begin, n, to + begin);
+      });
+    parallel(plan_.shape.pieces(), copying(), [&](int64_t first, int64_t last) {
+      const T* next = from + plan_.piece_entry[first];
+      for (int64_t s = plan_.piece_segment[first]; s < plan_.piece_segment[last]; ++s) {
+        const int64_t length = plan_.runs()[s].length;
+        std::copy_n(next, length, to + plan_.begin[s]);
+        next += length;
+      }
+    });
+  }
+
+  const PlanView<const int32_t>& plan() const { return plan_; }
+  const T* values() const { return values_.get(); }
+
+ private:
+  // Values in their order -> plan order.
+  void collect(const T* values) const {
+    if (plan_.shape.reordered)
+      return each_run([&](int64_t begin, int64_t n) {
+        kernels_for<T>().csr_scatter(values + begin, plan_.slot + begin, n, values_.get());
+      });
+    parallel(plan_.shape.pieces(), copying(), [&](int64_t first, int64_t last) {
+      const int64_t segment = plan_.piece_segment[first], entry = plan_.piece_entry[first];
+      kernels_for<T>().csr_collect(values, plan_.shape.n, plan_.runs() + segment, plan_.begin + segment,
+                                   plan_.piece_segment[last] - segment, plan_.piece_entry[last] - entry,
+                                   values_.get() + entry);
+    });
+  }
+
+  // f(begin, count) for runs of the values.
+  template <class F>
+  void each_run(const F& f) const {
+    constexpr int64_t kRun = 4096;
+    const int64_t n = plan_.shape.n;
+    parallel((n + kRun - 1) / kRun, copying(),
+             [&](int64_t first, int64_t last) { f(first * kRun, std::min(last * kRun, n) - first * kRun); });
+  }
+
+  // Multiply-adds that copying all entries is worth.
+  double copying() const { return 16.0 * static_cast<double>(plan_.shape.n); }
+
+  const PlanView<const int32_t> plan_;
+  const Buffer<T> values_;
+  std::vector<T> start_;         // of every row
+  std::vector<int64_t> absent_;  // rows without a segment in the first tile, in order
+};
+
+// The same for BSR weights.
+template <class T>
+class BsrSide {
+ public:
+  BsrSide(const LinearShape& shape, const IndexView<const int32_t>& index, bool transposed, const T* values,
+          const T* bias, int64_t cells)
+      : shape_(shape),
+        transposed_(transposed),
+        cells_(cells),
+        bias_(bias),
+        ptr_(transposed ? index.col_ptr : index.row_ptr),
+        values_(values),
+        off_(shape.n),
+        block_(shape.n) {
+    const int32_t* idx = transposed ? index.row_idx : index.col_idx;
+    const uint32_t span = static_cast<uint32_t>((transposed ? shape.b_out : shape.b_in) * cells * kCellSize);
+    for (int64_t i = 0; i < shape.n; ++i) {
+      off_[i] = static_cast<uint32_t>(idx[i]) * span;
+      block_[i] = transposed ? index.perm[i] : static_cast<int32_t>(i);
+    }
+  }
+
+  // out [features][cells] = bias + W * in.
+  void spmm(const Kernels<T>& kernel, const T* in, T* out) const {
+    const int64_t outputs = transposed_ ? shape_.b_in : shape_.b_out;
+    const int64_t lanes = cells_ * kCellSize / static_cast<int64_t>(sizeof(T));
+    kernel.fill(out, transposed_ ? shape_.in : shape_.out, lanes, bias_);
+    for (int64_t r = 0; r < (transposed_ ? shape_.cols : shape_.rows); ++r) {
+      const BlockRow<T> row = block_row(r);
+      if (row.begin < row.end)
+        kernel.bsr_spmm(cells_, &row, reinterpret_cast<const char*>(in), cells_ * kCellSize, kCellSize,
+                        out + r * outputs * lanes);
+    }
+  }
+
+  BlockRow<T> block_row(int64_t r) const {
+    const int64_t outputs = transposed_ ? shape_.b_in : shape_.b_out;
+    const int64_t inputs = transposed_ ? shape_.b_out : shape_.b_in;
+    return {ptr_[r],
+            ptr_[r + 1],
+            off_.data(),
+            block_.data(),
+            values_,
+            outputs,
+            inputs,
+            outputs * inputs,
+            transposed_ ? 1 : inputs,
+            transposed_ ? outputs : 1};
+  }
+
+ private:
+  const LinearShape shape_;
+  const bool transposed_;
+  const int64_t cells_;
+  const T* const bias_;
+  const int32_t* ptr_;
+  const T* values_;
+  std::vector<uint32_t> off_;
+  std::vector<int32_t> block_;
+};
+
+// Either, with panels of `cells`.
+template <class T>
+class Side {
+ public:
+  Side(const LinearShape& shape, const IndexView<const int32_t>& index, bool transposed, const T* values,
+       const T* bias, int64_t cells)
+      : cells_(cells) {
+    if (shape.csr)
+      csr_ = std::make_unique<CsrSide<T>>(index, transposed, values, bias);
+    else
+      bsr_ = std::make_unique<BsrSide<T>>(shape, index, transposed, values, bias, cells);
+  }
+
+  // The positions by rows.
+  Side(const LinearShape& shape, const IndexView<const int32_t>& index, int64_t cells) : cells_(cells) {
+    if (shape.csr)
+      csr_ = std::make_unique<CsrSide<T>>(index, false);
+    else
+      bsr_ = std::make_unique<BsrSide<T>>(shape, index, false, nullptr, nullptr, cells);
+  }
+
+  // out [features][cells] = bias + W * in.
+  void spmm(const Kernels<T>& kernel, const T* in, T* out) const {
+    if (csr_) return csr_->spmm(kernel, cells_, in, out);
+    bsr_->spmm(kernel, in, out);
+  }
+
+  const CsrSide<T>& csr() const { return *csr_; }
+  const BsrSide<T>& bsr() const { return *bsr_; }
+
+ private:
+  const int64_t cells_;
+  std::unique_ptr<CsrSide<T>> csr_;
+  std::unique_ptr<BsrSide<T>> bsr_;
+};
+
+}  // namespace sparse_kernels
