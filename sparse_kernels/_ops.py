@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.library import register_fake
 
 from . import _load  # noqa: F401  (registers the operators)
 
@@ -54,12 +55,12 @@ def _empty_image(like: Tensor, size: tuple[int, int, int, int]) -> Tensor:
     return like.new_empty(size)
 
 
-@torch.library.register_fake("sparse_kernels::linear_forward")
+@register_fake("sparse_kernels::linear_forward")
 def _(x, values, bias, index, rows, cols):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape[0], out_features(values, rows))
 
 
-@torch.library.register_fake("sparse_kernels::linear_backward")
+@register_fake("sparse_kernels::linear_backward")
 def _(dy, x, values, index, rows, cols, need_x, need_values, need_bias):  # type: ignore[no-untyped-def]
     return (
         x.new_empty(x.shape if need_x else 0),
@@ -68,13 +69,13 @@ def _(dy, x, values, index, rows, cols, need_x, need_values, need_bias):  # type
     )
 
 
-@torch.library.register_fake("sparse_kernels::conv2d_forward")
+@register_fake("sparse_kernels::conv2d_forward")
 def _(x, values, bias, index, rows, cols, kernel, stride, padding, dilation, groups):  # type: ignore[no-untyped-def]
     h, w = conv2d_output_size(x.shape[2:], kernel, stride, padding, dilation)
     return _empty_image(x, (x.shape[0], out_features(values, rows), h, w))
 
 
-@torch.library.register_fake("sparse_kernels::conv2d_backward")
+@register_fake("sparse_kernels::conv2d_backward")
 def _(dy, x, values, index, rows, cols, kernel, stride, padding, dilation, groups, *need):  # type: ignore[no-untyped-def]
     need_x, need_values, need_bias = need
     return (

@@ -185,9 +185,7 @@ def _check(x: Tensor, values: Tensor, topology: Topology, bias: Tensor | None, d
     if len(topology.shape) != dims:
         kind = "Linear (out, in)" if dims == 2 else "Conv2d (out, in/groups, kh, kw)"
         raise ValueError(f"expected the topology of a {kind} weight, got shape {topology.shape}")
-    wanted: tuple[int, ...] = (topology.n_blocks,)
-    if topology.block_size != (1, 1):
-        wanted += topology.block_size
+    wanted = topology.values_shape
     if values.shape != wanted:
         raise ValueError(f"values must have shape {wanted} for {topology}, got {tuple(values.shape)}")
     if bias is not None and bias.shape != topology.shape[:1]:

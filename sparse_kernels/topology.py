@@ -234,6 +234,11 @@ class Topology:
         return self.n_blocks * self.block_numel
 
     @property
+    def values_shape(self) -> tuple[int, ...]:
+        """Shape of the values: `(nnz,)` for CSR, `(n_blocks, b_out, b_in)` for BSR."""
+        return (self.n_blocks,) if self.block_size == (1, 1) else (self.n_blocks, *self.block_size)
+
+    @property
     def density(self) -> float:
         """Active fraction of all positions."""
         total = self.rows * self.cols

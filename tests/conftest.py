@@ -1,8 +1,12 @@
-"""Fixtures shared by all tests: seeds, one thread, and real data where it is present."""
+"""Fixtures shared by all tests: seeds, one thread, scripts in a process of their own."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -28,10 +32,22 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-@pytest.fixture(scope="session")
-def data_dir() -> Path:
-    """The folder of real data sets beside the repository; tests that need it are skipped without it."""
-    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
-    if not folder.is_dir():
-        pytest.skip(f"no data folder at {folder}")
-    return folder
+@pytest.fixture
+def run_script(tmp_path: Path) -> Callable[..., str]:
+    """Runs the pieces of a script in a process of its own, on two threads; returns what it printed."""
+
+    def run(*pieces: str, timeout: float) -> str:
+        script = tmp_path / "script.py"
+        script.write_text("".join(map(textwrap.dedent, pieces)))
+        environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+        command = [sys.executable, str(script)]
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=timeout, check=False, env=environment
+            )
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"hangs: no end after {timeout} s")
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    return run

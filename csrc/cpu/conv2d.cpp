@@ -73,7 +73,7 @@ class WeightGradient {
     });
   }
 
-  void finish(const T* sums, T* dw) const { rows_.stream->scatter(sums, dw); }
+  void finish(const T* sums, T* dw) const { rows_.stream->restore(sums, dw); }
 
  private:
   static constexpr int64_t kBlockCells = 32;  // at once for BSR, at least
@@ -91,21 +91,22 @@ class WeightGradient {
   void add_entries(const T* xs, const T* ds, const std::vector<int64_t>& rows, double work, T* dw) const {
     const ConvStream<T>& stream = *rows_.stream;
     const int64_t parts = worthwhile_threads(work);
-    std::vector<int64_t> cut, entry;
-    stream.split(parts, &cut, &entry);
+    const std::vector<SegmentCut> cut = cut_segments(stream.segments.get(), stream.tile_segment.data(),
+                                                     stream.tile_entry.data(), stream.tiles(), parts);
     const bool flat = is_flat(s_, x_, d_);
     parallel(parts, work, [&](int64_t first, int64_t last) {
       for (size_t tile = 0; tile < rows.size(); ++tile)
         for (int64_t t = 0; t < stream.tiles(); ++t)
           for (int64_t part = first; part < last; ++part) {
-            const int64_t at = t * (parts + 1) + part, cols = flat ? rows[tile] * s_.x.out : s_.x.out;
+            const SegmentCut *at = &cut[t * (parts + 1) + part], *end = at + 1;
+            const int64_t cols = flat ? rows[tile] * s_.x.out : s_.x.out;
             for (int64_t i = 0; i < (flat ? 1 : rows[tile]); ++i)
               for (int64_t j = 0, cells; j < cols; j += cells) {
                 for (cells = 8; cells > cols - j;) cells /= 2;
                 kernel_.conv_sddmm(cells, x_tile(xs, tile) + x_at(i, j), s_.x.stride * kCellSize,
                                    d_tile(ds, tile) + d_at(i, j), d_.pitch * kCellSize, kCellSize,
-                                   stream.segments.get() + cut[at], cut[at + 1] - cut[at],
-                                   stream.off.get() + entry[at], dw + entry[at]);
+                                   stream.segments.get() + at->segment, end->segment - at->segment,
+                                   stream.off.get() + at->entry, dw + at->entry);
               }
           }
     });

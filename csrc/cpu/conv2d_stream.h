@@ -69,37 +69,20 @@ struct ConvStream {
   int64_t tiles() const { return static_cast<int64_t>(tile_entry.size()) - 1; }
   int64_t entries() const { return tile_entry.back(); }
 
-  // y [rows][cells] += W * x for `count` activation tiles, x_pitch bytes and y_pitch elements apart. Tile
-  // of columns by tile of columns, so that its piece of the stream stays in cache for all of them.
-  void spmm(const Kernels<T>& kernel, int64_t cells, const char* x, int64_t x_pitch, int64_t step, T* y,
-            int64_t y_pitch, int64_t count) const {
+  // y [rows][cells] += W * x for `cells` pixels, `step` bytes apart.
+  void spmm(const Kernels<T>& kernel, int64_t cells, const char* x, int64_t step, T* y) const {
     for (int64_t t = 0; t < tiles(); ++t)
-      for (int64_t i = 0; i < count; ++i)
-        kernel.conv_spmm(cells, x + i * x_pitch, step, segments.get() + tile_segment[t],
-                         tile_segment[t + 1] - tile_segment[t], off.get() + tile_entry[t],
-                         val.get() + tile_entry[t], y + i * y_pitch);
-  }
-
-  // Cuts every tile's segments into `parts` of nearly equal entries: part p of tile t is segments
-  // [cut[t * (parts + 1) + p], ...+ p + 1]), its entries start at entry_cut of the same place.
-  void split(int64_t parts, std::vector<int64_t>* cut, std::vector<int64_t>* entry_cut) const {
-    for (int64_t t = 0; t < tiles(); ++t) {
-      int64_t s = tile_segment[t], at = tile_entry[t];
-      const int64_t total = tile_entry[t + 1] - tile_entry[t];
-      for (int64_t p = 0; p <= parts; ++p) {
-        const int64_t target = tile_entry[t] + total * p / parts;
-        while (s < tile_segment[t + 1] && at < target) at += segments[s++].length;
-        cut->push_back(s), entry_cut->push_back(at);
-      }
-    }
+      kernel.conv_spmm(cells, x, step, segments.get() + tile_segment[t],
+                       tile_segment[t + 1] - tile_segment[t], off.get() + tile_entry[t],
+                       val.get() + tile_entry[t], y);
   }
 
   // Results in stream order -> canonical order.
-  void scatter(const T* from, T* to) const {
+  void restore(const T* from, T* to) const {
     parallel(tiles(), 32.0 * static_cast<double>(entries()), [&](int64_t first, int64_t last) {
-      const T* next = from + tile_entry[first];
-      for (int64_t s = tile_segment[first]; s < tile_segment[last]; ++s)
-        for (int32_t i = 0; i < segments[s].length; ++i) to[begin[s] + i] = *next++;
+      const int64_t segment = tile_segment[first];
+      scatter_segments(from + tile_entry[first], segments.get() + segment, begin.get() + segment,
+                       tile_segment[last] - segment, to);
     });
   }
 };

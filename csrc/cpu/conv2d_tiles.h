@@ -122,7 +122,7 @@ struct Taps {
 
   // y [channels][cells] += W * x for `cells` pixels, `step` bytes apart.
   void spmm(const Kernels<T>& kernel, int64_t cells, const char* x, int64_t x_row, int64_t step, T* y) const {
-    if (stream) return stream->spmm(kernel, cells, x, 0, step, y, 0, 1);
+    if (stream) return stream->spmm(kernel, cells, x, step, y);
     for (const BlockRow<T>& row : rows) {
       if (row.begin < row.end) kernel.bsr_spmm(cells, &row, x, x_row, step, y);
       y += row.outputs * cells * kImages<T>;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <vector>
 
 #include "../common/check.h"
 #include "../common/index.h"
@@ -19,17 +20,49 @@ int64_t thread_count();
 // Bytes of this processor's second-level cache, one core's (1 MiB if it does not say).
 int64_t second_level_cache();
 
-// f(begin, end) over [0, n), in parallel if `work` (multiply-adds) is worth waking threads for.
+constexpr double kWorthwhile = 2e6;  // multiply-adds that are worth waking threads for: 50 us of one core
+
+// f(begin, end) over [0, n), in parallel if `work` (multiply-adds) is worth it.
 template <class F>
 void parallel(int64_t n, double work, const F& f) {
-  constexpr double kWorthwhile = 2e6;  // about 50 us of one core
   if (n <= 0) return;
   if (n == 1 || work < kWorthwhile || forked()) return f(int64_t{0}, n);
   torch::stable::parallel_for(0, n, 1, f);
 }
 
 // Threads that a product of this much work will use.
-inline int64_t worthwhile_threads(double work) { return work < 2e6 || forked() ? 1 : thread_count(); }
+inline int64_t worthwhile_threads(double work) { return work < kWorthwhile || forked() ? 1 : thread_count(); }
+
+struct SegmentCut {
+  int64_t segment, entry;
+};
+
+// Cuts every tile's segments into `parts` of nearly equal entries: those of part p of tile t are from the cut
+// t * (parts + 1) + p to the next. Tile t has segments tile_segment[t]..[t+1], entries tile_entry[t]..[t+1].
+template <class Int>
+std::vector<SegmentCut> cut_segments(const RowLength* segments, const Int* tile_segment,
+                                     const Int* tile_entry, int64_t tiles, int64_t parts) {
+  std::vector<SegmentCut> cut;
+  for (int64_t t = 0; t < tiles; ++t) {
+    SegmentCut at{tile_segment[t], tile_entry[t]};
+    const int64_t total = tile_entry[t + 1] - tile_entry[t];
+    for (int64_t p = 0; p <= parts; ++p) {
+      const int64_t target = tile_entry[t] + total * p / parts;
+      while (at.segment < tile_segment[t + 1] && at.entry < target) at.entry += segments[at.segment++].length;
+      cut.push_back(at);
+    }
+  }
+  return cut;
+}
+
+// Entries of consecutive segments, which follow each other in `from`, to where each segment begins in `to`.
+template <class T>
+void scatter_segments(const T* from, const RowLength* segments, const int32_t* begin, int64_t count, T* to) {
+  for (int64_t s = 0; s < count; ++s) {
+    std::copy_n(from, segments[s].length, to + begin[s]);
+    from += segments[s].length;
+  }
+}
 
 // Byte offsets in a tile are 32-bit.
 inline void check_tile_bytes(int64_t bytes) {

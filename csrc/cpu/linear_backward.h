@@ -45,22 +45,6 @@ class OutputGradient {
 // Cells of tokens that a block's gradient is summed over in registers before lanes are added up.
 constexpr int64_t kCellsAtOnce = 16;
 
-// Cuts every tile's segments into `parts` of nearly equal entries: pairs (segment, entry), those of part p of
-// tile t from pair t * (parts + 1) + p to the next.
-inline std::vector<int64_t> segment_cut(const PlanView<const int32_t>& plan, int64_t parts) {
-  std::vector<int64_t> cut;
-  for (int64_t t = 0; t < plan.shape.tiles; ++t) {
-    const int64_t piece = t * plan.shape.blocks, end = piece + plan.shape.blocks;
-    int64_t s = plan.piece_segment[piece], at = plan.piece_entry[piece];
-    const int64_t begin = at, total = plan.piece_entry[end] - begin;
-    for (int64_t p = 0; p <= parts; ++p) {
-      while (s < plan.piece_segment[end] && at < begin + total * p / parts) at += plan.runs()[s++].length;
-      cut.push_back(s), cut.push_back(at);
-    }
-  }
-  return cut;
-}
-
 // Weight gradient of a chunk of packed tiles: dw (in plan order for CSR) += dY^T X at the active positions;
 // `fresh`, CSR only: = instead. Each thread owns some entries over all tiles, in order: the same sums for any
 // number of threads.
@@ -74,16 +58,18 @@ void weight_gradient(const LinearShape& shape, const Side<T>& side, int64_t cell
   if (shape.csr) {
     const PlanView<const int32_t>& plan = side.csr().plan();
     const int64_t parts = worthwhile_threads(work);
-    const std::vector<int64_t> cut = segment_cut(plan, parts);
+    // By rows a plan has one block: its pieces are its tiles.
+    const std::vector<SegmentCut> cut =
+        cut_segments(plan.runs(), plan.piece_segment, plan.piece_entry, plan.shape.tiles, parts);
     parallel(parts, work, [&](int64_t first, int64_t last) {
       for (int64_t tile = 0; tile < tiles; ++tile)
         for (int64_t t = 0; t < plan.shape.tiles; ++t)
           for (int64_t part = first; part < last; ++part) {
-            const int64_t *at = &cut[2 * (t * (parts + 1) + part)], *end = at + 2;
+            const SegmentCut *at = &cut[t * (parts + 1) + part], *end = at + 1;
             kernel.csr_sddmm(cells, x0 + (tile * shape.in + t * plan.shape.width) * pitch,
                              ds + tile * shape.out * pitch / static_cast<int64_t>(sizeof(T)),
-                             plan.runs() + at[0], end[0] - at[0], plan.near() + at[1], fresh && tile == 0,
-                             dw + at[1]);
+                             plan.runs() + at->segment, end->segment - at->segment, plan.near() + at->entry,
+                             fresh && tile == 0, dw + at->entry);
           }
     });
     return;

@@ -85,12 +85,9 @@ class CsrSide {
         kernels_for<T>().csr_gather(from, plan_.slot + begin, n, to + begin);
       });
     parallel(plan_.shape.pieces(), copying(), [&](int64_t first, int64_t last) {
-      const T* next = from + plan_.piece_entry[first];
-      for (int64_t s = plan_.piece_segment[first]; s < plan_.piece_segment[last]; ++s) {
-        const int64_t length = plan_.runs()[s].length;
-        std::copy_n(next, length, to + plan_.begin[s]);
-        next += length;
-      }
+      const int64_t segment = plan_.piece_segment[first];
+      scatter_segments(from + plan_.piece_entry[first], plan_.runs() + segment, plan_.begin + segment,
+                       plan_.piece_segment[last] - segment, to);
     });
   }
 

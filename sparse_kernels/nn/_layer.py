@@ -32,11 +32,8 @@ class SparseLayer(nn.Module):
 
     def _setup(self, topology: Topology, bias: bool, dtype: torch.dtype | None) -> None:
         self.topology = topology
-        shape = (
-            (topology.nnz,) if topology.block_size == (1, 1) else (topology.n_blocks, *topology.block_size)
-        )
         factory: dict[str, Any] = {"device": topology.device, "dtype": dtype}
-        self.values = nn.Parameter(torch.empty(shape, **factory))
+        self.values = nn.Parameter(torch.empty(topology.values_shape, **factory))
         if bias:
             self.bias = nn.Parameter(torch.empty(topology.shape[0], **factory))
         else:

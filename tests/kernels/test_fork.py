@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-import textwrap
 
 import pytest
 
@@ -110,20 +107,5 @@ if __name__ == "__main__":
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
 @pytest.mark.parametrize(("name", "body"), [("loader", LOADER), ("bare", BARE), ("spawn", SPAWN)])
-def test_processes(name, body, tmp_path):
-    script = tmp_path / f"{name}.py"
-    script.write_text(textwrap.dedent(COMMON) + textwrap.dedent(body))
-    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
-    try:
-        done = subprocess.run(
-            [sys.executable, str(script)],
-            capture_output=True,
-            text=True,
-            timeout=90,
-            check=False,
-            env=environment,
-        )
-    except subprocess.TimeoutExpired:
-        pytest.fail(f"{name}: hangs")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.strip() == "right"
+def test_processes(name, body, run_script):
+    assert run_script(COMMON, body, timeout=90).strip() == "right", name

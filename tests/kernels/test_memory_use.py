@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -81,23 +78,11 @@ def test_scoring_growth_holds_one_stripe_at_a_time(kind, block_size, monkeypatch
     assert max(sizes) <= 1.1 * limit, f"{max(sizes)} bytes at once, a stripe has {stripe}"
 
 
-def measure(body: str, tmp_path: Path) -> list[float]:
+def measure(body: str, run_script: Callable[..., str]) -> list[float]:
     """Run a script that prints numbers of MiB."""
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("peak memory cannot be reset on this platform")
-    script = tmp_path / "measure.py"
-    script.write_text(textwrap.dedent(PRELUDE) + textwrap.dedent(body))
-    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return [float(word) for word in done.stdout.split()]
+    return [float(word) for word in run_script(PRELUDE, body, timeout=120).split()]
 
 
 PRELUDE = """
@@ -120,7 +105,7 @@ generator = torch.Generator().manual_seed(0)
 """
 
 
-def test_a_16384_square_layer_trains_in_less_than_300_mb(tmp_path):
+def test_a_16384_square_layer_trains_in_less_than_300_mb(run_script):
     """Forward, backward, growth scoring and the update; a dense gradient alone would be 1 GiB."""
     (extra,) = measure(
         """
@@ -142,13 +127,13 @@ def test_a_16384_square_layer_trains_in_less_than_300_mb(tmp_path):
         layer.topology.validate()
         print(peak - before)
         """,
-        tmp_path,
+        run_script,
     )
     assert extra < 300 * 1e6 / 2**20, f"{extra:.0f} MiB above the layer itself"
 
 
 @pytest.mark.parametrize("block_size", [1, 4])
-def test_two_thousand_updates_leak_nothing(block_size, tmp_path):
+def test_two_thousand_updates_leak_nothing(block_size, run_script):
     (growth,) = measure(
         f"""
         torch.set_num_threads(1)
@@ -172,6 +157,6 @@ def test_two_thousand_updates_leak_nothing(block_size, tmp_path):
         gc.collect()
         print(mib("VmRSS") - before)
         """,
-        tmp_path,
+        run_script,
     )
     assert growth <= 1.0, f"{growth:.2f} MiB more after 2,000 updates"
