@@ -1,6 +1,7 @@
 // Building and updating the index buffer of a Topology (csrc/common/index.h). Always on the CPU,
 // always into a fresh buffer: the caller swaps it in when everything has gone well.
 #include <algorithm>
+#include <optional>
 #include <vector>
 
 #include "../common/check.h"
@@ -68,43 +69,43 @@ void fill_plan(PlanView<int32_t> plan, const int32_t* ptr, const int32_t* idx, c
   }
 }
 
-// Everything of the buffer from sorted, distinct positions.
-void fill_index(int32_t* base, IndexShape shape, const int64_t* positions) {
+// Each group has columns of its own.
+int64_t column_of(const IndexShape& shape, int64_t row, int64_t col) {
+  return row / std::max<int64_t>(1, shape.rows / shape.groups) * shape.cols + col;
+}
+
+// The arrays by rows, and the sizes by columns, from sorted, distinct positions.
+void fill_rows(int32_t* base, IndexShape shape, const int64_t* positions) {
   IndexView<int32_t> view(base, shape);
-  const int64_t n = shape.n, columns = shape.groups * shape.cols;
-  const int64_t rows_per_group = std::max<int64_t>(1, shape.rows / shape.groups);
+  const int64_t columns = shape.groups * shape.cols;
   std::fill(view.row_ptr, view.row_ptr + shape.rows + 1, 0);
   std::fill(view.col_ptr, view.col_ptr + columns + 1, 0);
-
-  std::vector<int32_t> row_of(n), column_of(n);
-  for (int64_t i = 0; i < n; ++i) {
+  for (int64_t i = 0; i < shape.n; ++i) {
     const int64_t row = positions[i] / shape.cols, col = positions[i] % shape.cols;
-    const int64_t column = row / rows_per_group * shape.cols + col;
-    row_of[i] = static_cast<int32_t>(row);
-    column_of[i] = static_cast<int32_t>(column);
     view.col_idx[i] = static_cast<int32_t>(col);
     ++view.row_ptr[row + 1];
-    ++view.col_ptr[column + 1];
+    ++view.col_ptr[column_of(shape, row, col) + 1];
   }
   for (int64_t r = 0; r < shape.rows; ++r) view.row_ptr[r + 1] += view.row_ptr[r];
   for (int64_t c = 0; c < columns; ++c) view.col_ptr[c + 1] += view.col_ptr[c];
+}
 
+// The rest. Apart from fill_rows, so that the positions can be let go: they are the largest array in an
+// update.
+void fill_rest(int32_t* base, IndexShape shape) {
+  IndexView<int32_t> view(base, shape);
+  const int64_t n = shape.n, columns = shape.groups * shape.cols;
   std::vector<int32_t> next(view.col_ptr, view.col_ptr + columns), transpose(shape.transposed() ? 0 : 2 * n);
   int32_t* row_idx = shape.transposed() ? view.row_idx : transpose.data();
   int32_t* perm = shape.transposed() ? view.perm : transpose.data() + n;
-  for (int64_t i = 0; i < n; ++i) {
-    const int32_t slot = next[column_of[i]]++;
-    row_idx[slot] = row_of[i];
-    perm[slot] = static_cast<int32_t>(i);
-  }
+  for (int64_t row = 0; row < shape.rows; ++row)
+    for (int32_t i = view.row_ptr[row]; i < view.row_ptr[row + 1]; ++i) {
+      const int32_t slot = next[column_of(shape, row, view.col_idx[i])]++;
+      row_idx[slot] = static_cast<int32_t>(row);
+      perm[slot] = i;
+    }
   if (shape.plans != Plans::kNone) fill_plan(view.row_plan, view.row_ptr, view.col_idx, nullptr);
   if (shape.plans == Plans::kLinear) fill_plan(view.col_plan, view.col_ptr, row_idx, perm);
-}
-
-Tensor build(const Tensor& positions, IndexShape shape) {
-  Tensor index = new_empty(positions, {shape.size()}, ScalarType::Int);
-  fill_index(index.mutable_data_ptr<int32_t>(), shape, positions.const_data_ptr<int64_t>());
-  return index;
 }
 
 }  // namespace
@@ -112,7 +113,11 @@ Tensor build(const Tensor& positions, IndexShape shape) {
 Tensor index_build(const Tensor& positions, int64_t rows, int64_t cols, int64_t groups, int64_t plans) {
   check_cpu(positions, "positions");
   check_dtype(positions, ScalarType::Long, "positions");
-  return build(positions, {rows, cols, groups, positions.numel(), plans_of(plans)});
+  const IndexShape shape{rows, cols, groups, positions.numel(), plans_of(plans)};
+  Tensor index = new_empty(positions, {shape.size()}, ScalarType::Int);
+  fill_rows(index.mutable_data_ptr<int32_t>(), shape, positions.const_data_ptr<int64_t>());
+  fill_rest(index.mutable_data_ptr<int32_t>(), shape);
+  return index;
 }
 
 std::tuple<Tensor, Tensor> index_update(const Tensor& index, int64_t n, int64_t rows, int64_t cols,
@@ -137,9 +142,9 @@ std::tuple<Tensor, Tensor> index_update(const Tensor& index, int64_t n, int64_t 
   }
 
   // Merge the survivors, which are in order already, with the grown positions.
-  Tensor positions = new_empty(drop, {n}, ScalarType::Long);
+  std::optional<Tensor> positions = new_empty(drop, {n}, ScalarType::Long);
   Tensor source = new_empty(drop, {n}, ScalarType::Long);
-  int64_t *out = positions.mutable_data_ptr<int64_t>(), *from = source.mutable_data_ptr<int64_t>();
+  int64_t *out = positions->mutable_data_ptr<int64_t>(), *from = source.mutable_data_ptr<int64_t>();
   int64_t di = 0, gi = 0, o = 0, i = 0;
   for (int64_t row = 0; row < rows; ++row) {
     for (; i < view.row_ptr[row + 1]; ++i) {
@@ -155,7 +160,11 @@ std::tuple<Tensor, Tensor> index_update(const Tensor& index, int64_t n, int64_t 
     }
   }
   while (gi < k) out[o] = g[gi++], from[o++] = -1;
-  return {build(positions, shape), source};
+  Tensor fresh = new_empty(drop, {shape.size()}, ScalarType::Int);
+  fill_rows(fresh.mutable_data_ptr<int32_t>(), shape, out);
+  positions.reset();
+  fill_rest(fresh.mutable_data_ptr<int32_t>(), shape);
+  return {fresh, source};
 }
 
 }  // namespace sparse_kernels
