@@ -99,7 +99,7 @@ def sparsify(
     layers = _layers(model)
     plans = _plan(layers, sparsity, distribution, block_size, dense, custom, dense_first)
     if generator is None:
-        generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+        generator = torch.Generator().manual_seed(int(torch.randint(2**62, (), device="cpu")))
     elif generator.device.type != "cpu":
         raise ValueError(f"generator must be a CPU generator, got one on {generator.device}")
     replacements: dict[nn.Module, nn.Module] = {}

@@ -108,5 +108,7 @@ def replaced(active: int, fraction: float) -> int:
 
     In float32, as the official code computes it: the counts agree digit for digit.
     """
-    product = torch.tensor(active, dtype=torch.float32) * torch.tensor(fraction, dtype=torch.float32)
+    product = torch.tensor(active, dtype=torch.float32, device="cpu") * torch.tensor(
+        fraction, dtype=torch.float32, device="cpu"
+    )
     return min(active, int(product))

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .topology import Topology
@@ -87,11 +86,15 @@ class _DenseLinear(torch.autograd.Function):
         return F.linear(x, topology.to_dense(values), bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, values, _ = ctx.saved_tensors
         topology: Topology = ctx.topology
         need_x, need_values, need_bias = ctx.needs_input_grad[:3]
+        if (
+            torch.is_grad_enabled()
+        ):  # to be differentiated again: in differentiable operations, and the whole gradient
+            w = topology.to_dense(values)
+            return dy @ w, topology.gather(dy.t() @ x), dy.sum(0) if need_bias else None, None, None
         dx = dy @ topology.to_dense(values) if need_x else None
         dvalues = (
             _sampled(topology, values, lambda b, e: linear_stripe(x, dy, topology, b, e))
@@ -117,13 +120,23 @@ class _DenseConv2d(torch.autograd.Function):
         return F.conv2d(x, topology.to_dense(values), bias, *conf)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, values, _ = ctx.saved_tensors
         topology: Topology = ctx.topology
         need_x, need_values, need_bias = ctx.needs_input_grad[:3]
         stride, padding, dilation, groups = ctx.conf
         dx = dvalues = None
+        if torch.is_grad_enabled():  # as above
+            conf = ([*stride], [*padding], [*dilation], False, [0, 0], groups, [True, True, False])
+            dx, dw, _ = torch.ops.aten.convolution_backward(dy, x, topology.to_dense(values), None, *conf)
+            return (
+                dx,
+                topology.gather(dw),
+                dy.sum((0, 2, 3)) if need_bias else None,
+                None,
+                None,
+                *(None for _ in ctx.conf),
+            )
         if need_x:
             conf = ([*stride], [*padding], [*dilation], False, [0, 0], groups, [True, False, False])
             dx = torch.ops.aten.convolution_backward(dy, x, topology.to_dense(values), None, *conf)[0]

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from . import _ops, dense, reference
+from ._autograd import product
 from .backend import select
 from .topology import Topology
 
@@ -36,8 +36,8 @@ def linear(x: Tensor, values: Tensor, topology: Topology, bias: Tensor | None = 
         bias: `[out_features]`, or None.
 
     Returns:
-        `[*, out_features]`, dtype of `x` (under autocast: the autocast dtype). Differentiable once in
-        `x`, `values` and `bias`.
+        `[*, out_features]`, dtype of `x` (under autocast: the autocast dtype). Differentiable in
+        `x`, `values` and `bias`, twice too.
 
     Raises:
         ValueError: shapes or devices that do not fit together.
@@ -76,7 +76,7 @@ def conv2d(
 
     Returns:
         `[n, out_channels, oh, ow]` in the memory format of `x`, dtype of `x` (under autocast: the autocast
-        dtype). Differentiable once in `x`, `values` and `bias`.
+        dtype). Differentiable in `x`, `values` and `bias`, twice too.
 
     Raises:
         ValueError: shapes or devices that do not fit together, an empty output.
@@ -106,11 +106,8 @@ def _linear(
     elif name == "dense":
         y = dense.linear(flat, values, topology, bias)
     else:
-        args = (flat.contiguous(), values.contiguous(), bias, topology.index, topology.rows, topology.cols)
-        if _needs_grad(x, values, bias):
-            y = _Linear.apply(*args)
-        else:
-            y = _ops.linear_forward(*args)
+        operands = (flat.contiguous(), values.contiguous(), bias, topology.index)
+        y = product("linear", *operands, topology.rows, topology.cols)
     if growth is not None:
         y = _Observe.apply(y, flat, growth)
     if x.dim() != 2:
@@ -164,11 +161,8 @@ def _conv2d(
                 memory_format=torch.channels_last if inner_channels else torch.contiguous_format
             )
         ints = [list(pair) for pair in (kernel, stride, pads, dilation)]
-        args = (image, values.contiguous(), bias, topology.index, topology.rows, topology.cols, *ints, groups)
-        if _needs_grad(x, values, bias):
-            y = _Conv2d.apply(*args)
-        else:
-            y = _ops.conv2d_forward(*args)
+        operands = (image, values.contiguous(), bias, topology.index)
+        y = product("conv2d", *operands, topology.rows, topology.cols, *ints, groups)
     if growth is not None:
         y = _Observe.apply(y, image, growth, *conf)
     return (y if x.dim() == 4 else y.squeeze(0)).to(out_dtype)
@@ -202,7 +196,7 @@ def _check(x: Tensor, values: Tensor, topology: Topology, bias: Tensor | None, d
             raise ValueError(f"x is on {device}, but {name} on {t.device}: move one of them")
         if t.dtype != dtype and not torch.is_autocast_enabled(device.type):
             raise TypeError(f"{name} must have the dtype of x, {dtype}, got {t.dtype}")
-    if topology.index.device != device:
+    if topology.index.device != device and device.type != "meta":
         raise ValueError(f"x is on {x.device}, but the topology on {topology.device}: use topology.to()")
 
 
@@ -253,62 +247,6 @@ def _select(x: Tensor, topology: Topology) -> str:
     return name
 
 
-def _needs_grad(x: Tensor, values: Tensor, bias: Tensor | None) -> bool:
-    wanted = x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
-    return wanted and torch.is_grad_enabled()
-
-
-# autograd -------------------------------------------------------------------------------------
-
-
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, index: Tensor, rows: int, cols: int
-    ) -> Tensor:
-        # `index` is saved too: its version counter then catches an update between forward and backward.
-        ctx.save_for_backward(x, values, index)
-        ctx.grid = rows, cols
-        return _ops.linear_forward(x, values, bias, index, rows, cols)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, values, index = ctx.saved_tensors
-        need_x, need_values, need_bias, *_ = ctx.needs_input_grad
-        dx, dvalues, dbias = _ops.linear_backward(
-            dy.contiguous(), x, values, index, *ctx.grid, need_x, need_values, need_bias
-        )
-        return (
-            dx if need_x else None,
-            dvalues if need_values else None,
-            dbias if need_bias else None,
-            None,
-            None,
-            None,
-        )
-
-
-class _Conv2d(torch.autograd.Function):
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, index: Tensor, *conf: Any
-    ) -> Tensor:
-        ctx.save_for_backward(x, values, index)
-        ctx.conf = conf
-        return _ops.conv2d_forward(x, values, bias, index, *conf)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, values, index = ctx.saved_tensors
-        need = ctx.needs_input_grad[:3]
-        layout = torch.channels_last if _ops.is_channels_last(x) else torch.contiguous_format
-        dy = dy.contiguous(memory_format=layout)
-        grads = _ops.conv2d_backward(dy, x, values, index, *ctx.conf, *need)
-        return *(g if n else None for g, n in zip(grads, need, strict=True)), None, *(None for _ in ctx.conf)
-
-
 class _Observe(torch.autograd.Function):
     """Identity that shows a layer's input and output gradient to its growth scorer in the backward."""
 
@@ -319,7 +257,7 @@ class _Observe(torch.autograd.Function):
         return y.clone()  # a view would forbid an in-place activation behind the layer
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        ctx.growth.observe(ctx.saved_tensors[0], dy, *ctx.conf)
+        with torch.no_grad():
+            ctx.growth.observe(ctx.saved_tensors[0].detach(), dy.detach(), *ctx.conf)
         return dy, None, None, *(None for _ in ctx.conf)

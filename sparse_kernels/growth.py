@@ -103,9 +103,9 @@ class GrowthScorer:
         ]
         dtype, device = wide[0][0].dtype, wide[0][0].device
         index = topology.index.cpu()
-        active = torch.zeros(topology.n_blocks, dtype=dtype)
-        best_scores = torch.empty(2 * self.k + 1024, dtype=dtype)
-        best_positions = torch.empty(2 * self.k + 1024, dtype=torch.int64)
+        active = torch.zeros(topology.n_blocks, dtype=dtype, device="cpu")
+        best_scores = torch.empty(2 * self.k + 1024, dtype=dtype, device="cpu")
+        best_positions = torch.empty(2 * self.k + 1024, dtype=torch.int64, device="cpu")
         found = 0
         for begin, end in dense.stripes(topology):
             parts = (stripe_of(x, dy, topology, begin, end, *conf) for x, dy, *conf in wide)

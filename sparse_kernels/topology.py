@@ -57,14 +57,14 @@ def _fitting_blocks(extent: int) -> str:
 def _draw_positions(total: int, count: int, generator: torch.Generator | None) -> Tensor:
     """`count` distinct positions of `range(total)`, uniform, sorted, without `total` memory when sparse."""
     if 2 * count >= total:
-        return torch.randperm(total, generator=generator)[:count].sort().values
-    found = torch.empty(0, dtype=torch.int64)
+        return torch.randperm(total, generator=generator, device="cpu")[:count].sort().values
+    found = torch.empty(0, dtype=torch.int64, device="cpu")
     while found.numel() < count:
         missing = count - found.numel()
-        fresh = torch.randint(total, (missing + missing // 8 + 16,), generator=generator)
+        fresh = torch.randint(total, (missing + missing // 8 + 16,), generator=generator, device="cpu")
         found = torch.cat([found, fresh]).unique()
     if found.numel() > count:  # the set drawn is exchangeable, so any random subset of it is uniform
-        found = found[torch.randperm(found.numel(), generator=generator)[:count]].sort().values
+        found = found[torch.randperm(found.numel(), generator=generator, device="cpu")[:count]].sort().values
     return found
 
 
@@ -98,7 +98,8 @@ class Topology:
             shape: shape of the dense weight.
             block_size: `b` or `(b_out, b_in)`.
             groups: convolution groups.
-            device: where the arrays live (default: where `positions` lives).
+            device: where the arrays live (default: where `positions` lives). For "meta" they live on the CPU:
+                a pattern cannot be left out, and it is small beside the weight.
 
         Raises:
             ValueError: a block that does not divide its dimension (the message names those that
@@ -110,6 +111,8 @@ class Topology:
             got = positions.dtype if isinstance(positions, Tensor) else type(positions).__name__
             raise TypeError(f"positions must be an int64 tensor, got {got}")
         device = torch.device(device) if device is not None else positions.device
+        if device.type == "meta":
+            device = torch.device("cpu")
         flat = positions.detach().to("cpu", torch.int64).flatten().sort().values
         self._check_positions(flat)
         self.n_blocks = flat.numel()
@@ -250,8 +253,8 @@ class Topology:
         return self.index.device
 
     def to(self, device: torch.device | str) -> Topology:
-        """This topology if it is on `device`, else a copy there."""
-        if torch.device(device) == self.device:
+        """This topology if it is on `device` (or that is "meta"), else a copy there."""
+        if torch.device(device) == self.device or torch.device(device).type == "meta":
             return self
         return self.clone(device)
 
@@ -403,7 +406,7 @@ class Topology:
         if cols.numel() and (int(cols.min()) < 0 or int(cols.max()) >= self.cols):
             bad = int(cols.min()) if int(cols.min()) < 0 else int(cols.max())
             raise ValueError(f"col_idx holds {bad}, out of range [0, {self.cols})")
-        rows = torch.arange(self.rows).repeat_interleave(counts)
+        rows = torch.arange(self.rows, device="cpu").repeat_interleave(counts)
         flat = rows * self.cols + cols
         if flat.numel() > 1 and not bool((flat[1:] > flat[:-1]).all()):
             at = int((flat[1:] <= flat[:-1]).nonzero()[0, 0]) + 1

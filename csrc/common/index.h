@@ -71,11 +71,13 @@ struct IndexShape {
     plan.begins = true, plan.entries = plans == Plans::kLinear;
     return plan;
   }
-  // Blocks of at least 256 columns, so that lengths still repeat within them, and at most 32.
+  // Blocks of about 256 columns, so that lengths still repeat within them. A power of two of them, 32 at
+  // most, so that threads share them out evenly.
   PlanShape col_plan() const {
     PlanShape plan = plan_shape(cols, rows, n);
-    plan.block = std::max<int64_t>(256, (cols + 511) / 512 * 16);
-    plan.blocks = (cols + plan.block - 1) / plan.block;
+    while (plan.blocks < 32 && plan.blocks * 256 + 128 <= cols) plan.blocks *= 2;
+    plan.block = std::max<int64_t>(1, (cols + plan.blocks * 16 - 1) / (plan.blocks * 16) * 16);
+    plan.blocks = std::max<int64_t>(1, (cols + plan.block - 1) / plan.block);
     plan.entries = plan.reordered = true;
     return plan;
   }

@@ -30,9 +30,11 @@ class SparseLayer(nn.Module):
     bias: nn.Parameter | None
     topology: Topology
 
-    def _setup(self, topology: Topology, bias: bool, dtype: torch.dtype | None) -> None:
+    def _setup(
+        self, topology: Topology, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> None:
         self.topology = topology
-        factory: dict[str, Any] = {"device": topology.device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.values = nn.Parameter(torch.empty(topology.values_shape, **factory))
         if bias:
             self.bias = nn.Parameter(torch.empty(topology.shape[0], **factory))
@@ -107,7 +109,8 @@ class SparseLayer(nn.Module):
     def _adopt(self, module: nn.Linear | nn.Conv2d) -> None:
         """Copy values at the active positions, bias, and what a module carries besides its weights."""
         with torch.no_grad():
-            self.values.copy_(self.topology.gather(module.weight.detach()))
+            if not self.values.is_meta:
+                self.values.copy_(self.topology.gather(module.weight.detach()))
             if self.bias is not None and module.bias is not None:
                 self.bias.copy_(module.bias)
         self.values.requires_grad_(module.weight.requires_grad)
@@ -118,7 +121,8 @@ class SparseLayer(nn.Module):
     def _fill_dense(self, module: Any) -> Any:
         """The inverse of `_adopt`."""
         with torch.no_grad():
-            module.weight.copy_(self.dense_weight())
+            if not self.values.is_meta:
+                module.weight.copy_(self.dense_weight())
             if self.bias is not None:
                 module.bias.copy_(self.bias)
         module.weight.requires_grad_(self.values.requires_grad)

@@ -50,8 +50,9 @@ class SparseConv2d(SparseLayer):
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode
         )
         shape = (out_channels, in_channels // groups, *self.kernel_size)
+        device = torch.get_default_device() if device is None else torch.device(device)
         topology = Topology.random(shape, density, block_size, groups, generator, device)
-        self._setup(topology, bias, dtype)
+        self._setup(topology, bias, device, dtype)
         self.reset_parameters(generator)
 
     def _set_geometry(
@@ -113,7 +114,7 @@ class SparseConv2d(SparseLayer):
             module.groups,
             module.padding_mode,
         )
-        layer._setup(topology, module.bias is not None, module.weight.dtype)
+        layer._setup(topology, module.bias is not None, module.weight.device, module.weight.dtype)
         layer._adopt(module)
         return layer
 

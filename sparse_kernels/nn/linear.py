@@ -46,10 +46,11 @@ class SparseLinear(SparseLayer):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
+        device = torch.get_default_device() if device is None else torch.device(device)
         topology = Topology.random(
             (out_features, in_features), density, block_size, generator=generator, device=device
         )
-        self._setup(topology, bias, dtype)
+        self._setup(topology, bias, device, dtype)
         self.reset_parameters(generator)
 
     @classmethod
@@ -80,7 +81,7 @@ class SparseLinear(SparseLayer):
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features = module.in_features, module.out_features
-        layer._setup(topology, module.bias is not None, module.weight.dtype)
+        layer._setup(topology, module.bias is not None, module.weight.device, module.weight.dtype)
         layer._adopt(module)
         return layer
 
