@@ -11,14 +11,19 @@ STABLE_TORCH_LIBRARY(sparse_kernels, m) {
   m.def("index_update(Tensor index, int n, int rows, int cols, int groups, int plans, Tensor drop, Tensor grow) -> (Tensor, Tensor)");
 
   // Linear: x [tokens, in], dy [tokens, out], values [nnz] (CSR) or [n_blocks, b_out, b_in] (BSR).
+  // `linear` (and `conv2d`) is the forward once more, with derivatives of its own: what torch.export records.
+  m.def("linear(Tensor x, Tensor values, Tensor? bias, Tensor index, int rows, int cols) -> Tensor");
   m.def("linear_forward(Tensor x, Tensor values, Tensor? bias, Tensor index, int rows, int cols) -> Tensor");
-  m.def("linear_backward(Tensor dy, Tensor x, Tensor values, Tensor index, int rows, int cols, bool need_x, bool need_values, bool need_bias) -> (Tensor, Tensor, Tensor)");
+  m.def("linear_backward(Tensor dy, Tensor? x, Tensor? values, Tensor index, int rows, int cols, int[] values_size, bool need_bias) -> (Tensor, Tensor, Tensor)");
 
   // Conv2d: x [n, in, h, w], dy [n, out, oh, ow], both NCHW or channels_last.
+  m.def("conv2d(Tensor x, Tensor values, Tensor? bias, Tensor index, int rows, int cols, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups) -> Tensor");
   m.def("conv2d_forward(Tensor x, Tensor values, Tensor? bias, Tensor index, int rows, int cols, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups) -> Tensor");
   m.def("conv2d_backward(Tensor dy, Tensor x, Tensor values, Tensor index, int rows, int cols, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups, bool need_x, bool need_values, bool need_bias) -> (Tensor, Tensor, Tensor)");
 
-  // Growth: one stripe of the score matrix against the candidates found so far (growth.cpp).
+  // Growth: two factors of the weight gradient, for the scorer that the ticket names (sparse_kernels/growth.py).
+  m.def("observe(Tensor(a!) ticket, Tensor x, Tensor dy, int[] conf, bool exact) -> ()");
+  // One stripe of the score matrix against the candidates found so far (growth.cpp).
   m.def("growth_scan(Tensor scores, int row_begin, Tensor index, int n, int rows, int cols, int groups, int plans, Tensor(a!) active, Tensor(b!) best_scores, Tensor(c!) best_positions, int k, int found) -> int");
 
   m.def("cpu_isa() -> str");  // instruction set of the CPU kernels

@@ -70,7 +70,7 @@ def sparsify(
             the largest square block that does, or stays dense. A layer that would have fewer than 50
             active blocks gets a smaller block, with a warning.
         dense: names or glob patterns of layers (or of modules that contain them) to leave alone. They
-            have no part in the budget.
+            have no part in the budget. A pattern that fits nothing warns.
         custom: name -> sparsity of single layers, likewise outside the budget.
         dense_first: keep the first layer dense. None: under `"uniform"` only, as the paper does (and
             never if it is the only layer).
@@ -96,8 +96,7 @@ def sparsify(
         >>> print(summary(model).nnz)
         1896
     """
-    layers = _layers(model)
-    plans = _plan(layers, sparsity, distribution, block_size, dense, custom, dense_first)
+    layers, plans = _plan(model, sparsity, distribution, block_size, dense, custom, dense_first)
     if generator is None:
         generator = torch.Generator().manual_seed(int(torch.randint(2**62, (), device="cpu")))
     elif generator.device.type != "cpu":
@@ -131,7 +130,7 @@ def layer_sparsities(
     Arguments and errors as in `sparsify`. The zeros of a layer are `floor(sparsity * N)` of its N
     weights (or blocks).
     """
-    plans = _plan(_layers(model), sparsity, distribution, block_size, dense, custom, dense_first)
+    _, plans = _plan(model, sparsity, distribution, block_size, dense, custom, dense_first)
     return {plan.name: plan.sparsity for plan in plans}
 
 
@@ -150,10 +149,8 @@ def densify(model: nn.Module) -> nn.Module:
 # which layers ---------------------------------------------------------------------------------
 
 
-def _layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
+def _layers(model: nn.Module, named_dense: Collection[nn.Module]) -> dict[str, nn.Linear | nn.Conv2d]:
     """The layers that can be replaced, by their first name, in the order of registration."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     owners: dict[nn.Parameter, set[nn.Module]] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -171,11 +168,12 @@ def _layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
         if weight is None:  # computed by a hook, as with weight norm or pruning
             continue
         if len(owners[weight]) > 1:
-            warnings.warn(
-                f"layer {name!r} shares its weight with another module and stays dense; name it in dense= "
-                "to say so, or untie it first",
-                stacklevel=3,
-            )
+            if module not in named_dense:
+                warnings.warn(
+                    f"layer {name!r} shares its weight with another module and stays dense; name it in "
+                    "dense= to say so, or untie it first",
+                    stacklevel=4,
+                )
             continue
         layers[name] = module
     if not layers:
@@ -183,11 +181,17 @@ def _layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     return layers
 
 
-def _names_matching(layers: Collection[str], patterns: str | Collection[str]) -> set[str]:
-    found: set[str] = set()
+def _matching(modules: Mapping[str, nn.Module], patterns: str | Collection[str]) -> set[nn.Module]:
+    """The modules that patterns name, with all that they contain. `modules`: by every name they have."""
+    found: set[nn.Module] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        hits = {name for name in layers if fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")}
-        if not hits and not any(c in pattern for c in "*?["):
+        hits = {
+            m for name, m in modules.items() if fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")
+        }
+        if not hits and any(c in pattern for c in "*?["):
+            warnings.warn(f"dense={pattern!r} fits no module of the model", stacklevel=4)
+        elif not hits:
+            layers = [name for name, m in modules.items() if type(m) in (nn.Linear, nn.Conv2d)]
             raise ValueError(f"dense names {pattern!r}, but the layers are {', '.join(layers)}")
         found |= hits
     return found
@@ -198,18 +202,24 @@ def _is_depthwise(module: nn.Module) -> bool:
 
 
 def _plan(
-    layers: Mapping[str, nn.Linear | nn.Conv2d],
+    model: nn.Module,
     sparsity: float,
     distribution: str,
     block_size: int | _Block,
     dense: str | Collection[str],
     custom: Mapping[str, float] | None,
     dense_first: bool | None,
-) -> list[LayerPlan]:
+) -> tuple[dict[str, nn.Linear | nn.Conv2d], list[LayerPlan]]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     check_sparsity(sparsity)
     wanted = normalize_block_size(block_size)
-    custom = dict(custom or {})
-    kept = _names_matching(layers, dense)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    named = _matching(modules, dense)
+    layers = _layers(model, named)
+    first_name: dict[nn.Module | None, str] = {module: name for name, module in layers.items()}
+    custom = {first_name.get(modules.get(name), name): value for name, value in (custom or {}).items()}
+    kept = {name for name, module in layers.items() if module in named}
     both = sorted(kept & custom.keys())
     if both:
         raise ValueError(f"{', '.join(both)} named both in dense and in custom: choose one")
@@ -229,7 +239,7 @@ def _plan(
         positions = math.prod(shapes[name]) // (block[0] * block[1])
         zeros = zero_count(positions, solved[name])
         plans.append(LayerPlan(name, solved[name] if zeros else 0.0, block, zeros, positions))
-    return plans
+    return layers, plans
 
 
 def _extents(module: nn.Linear | nn.Conv2d) -> _Block:
@@ -271,8 +281,17 @@ def _enough_blocks(name: str, module: nn.Linear | nn.Conv2d, block: _Block, spar
     return chosen
 
 
+_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook",
+)  # fmt: skip
+
+
 def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
     """Put each replacement wherever its original stands; the new root if that is one of them."""
+    for original, fresh in replacements.items():  # the same dicts, so that their handles still remove them
+        for name in _HOOKS:
+            setattr(fresh, name, getattr(original, name))
     for parent in list(model.modules()):
         hit = False
         for child_name, child in list(parent._modules.items()):
@@ -282,6 +301,10 @@ def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> n
         if hit and isinstance(parent, nn.TransformerEncoderLayer):
             # Its fused inference path reads linear1.weight; this setting is how torch turns it off.
             parent.activation_relu_or_gelu = 0
+    for module in model.modules():
+        # The encoder reads the weights of its first layer, for a path that this layer does not take.
+        if isinstance(module, nn.TransformerEncoder) and module.layers[0].activation_relu_or_gelu == 0:
+            module.use_nested_tensor = False
     return replacements.get(model, model)
 
 

@@ -41,13 +41,22 @@ class RigL(TopologyUpdater):
             return False
         if probe is None:  # not armed, because of a state just loaded or an error in the last step
             raise _NotReady
+        name = f"layer {tracker.name!r}"
         if probe.observed == 0:
             if not bool(grad.any()):  # zeroed, and not used since
                 return False
-            raise _NotReady(f"layer {tracker.name!r} has a gradient, but no backward pass of it was seen")
+            raise _NotReady(f"{name} has a gradient, but no backward pass of it was seen")
+        if probe.unseen:
+            raise _NotReady(
+                f"the gradient of {name} holds a backward pass that was not seen (left from an earlier "
+                "step, or of a run resumed within an accumulation)"
+            )
+        if probe.refusal:
+            raise _NotReady(f"the gradient of {name} cannot be scored: {probe.refusal}")
         if not probe.defer and probe.observed > 1:
             raise _NotReady(
-                f"layer {tracker.name!r} was reached {probe.observed} times in a backward pass, not once"
+                f"{name} was reached by {probe.observed} backward passes where one was expected; "
+                "say how many with grad_accumulation="
             )
         if not bool(grad.isfinite().all()):
             raise _NotFinite(f"the gradient of layer {tracker.name!r} is not finite")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import tempfile
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,20 @@ def environment() -> dict[str, Any]:
     }
 
 
+def prepare(folder: Path) -> None:
+    """Create the folder of a report, before a training whose results it will hold.
+
+    Raises:
+        ValueError: it cannot be created, or not be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"out: no report can be written to {folder} ({error.strerror})") from None
+
+
 def write(
     folder: Path,
     recipe: str,
@@ -42,7 +57,7 @@ def write(
     """Print the table and write both files.
 
     Args:
-        folder: created if absent; older reports in it are replaced, each at once or not at all.
+        folder: as `prepare` left it; older reports in it are replaced, each at once or not at all.
         recipe: its name.
         config: its settings.
         results: the figures under "dense" and "sparse".
@@ -64,7 +79,6 @@ def write(
         "environment": environment(),
         "config": {key: str(value) if isinstance(value, Path) else value for key, value in config.items()},
     }
-    folder.mkdir(parents=True, exist_ok=True)
     # The process number keeps two runs into one folder apart.
     json_part, png_part = (folder / f".report.{os.getpid()}.{kind}" for kind in ("json", "png"))
     json_part.write_text(json.dumps(content, indent=2) + "\n")
@@ -126,7 +140,7 @@ def print_table(content: dict[str, Any]) -> None:
     notes = [f"Measured on {threads}. The sparse memory includes {index:.1f} MB of index arrays."]
     if sparse["updates"]:
         notes.append(
-            f"{sparse['updates']} of {sparse['batches']} batches changed the topology "
+            f"{sparse['updates']} of {sparse['batches']} batches went to topology updates "
             f"({sparse['update_step_ms']:.1f} ms each)."
         )
     console.print(" ".join(notes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import warnings
@@ -22,7 +23,8 @@ from .tracking import Tracker
 
 logger = logging.getLogger("rigl")
 
-_attached: weakref.WeakKeyDictionary[torch.optim.Optimizer, str] = weakref.WeakKeyDictionary()
+# Who acts on an optimizer or layer; weak on both sides, so that none of them is kept alive.
+_attached: weakref.WeakKeyDictionary[Any, weakref.ref[TopologyUpdater]] = weakref.WeakKeyDictionary()
 
 
 class SkippedUpdateWarning(RuntimeWarning):
@@ -87,6 +89,7 @@ class TopologyUpdater:
                 does not hold; an optimizer with a method attached already.
             TypeError: not a module or optimizer; LBFGS, whose state cannot follow a topology.
         """
+        optimizer = _innermost(optimizer)
         self._check_objects(model, optimizer)
         self._window = Window(begin, t_end, delta_t)
         self._fraction = drop_fraction(schedule, alpha=alpha, begin=begin, t_end=t_end, power=power)
@@ -98,7 +101,10 @@ class TopologyUpdater:
             not isinstance(grad_accumulation, int) or grad_accumulation < 1
         ):
             raise ValueError(f"grad_accumulation must be a positive int or None, got {grad_accumulation!r}")
-        layers = {n: m for n, m in model.named_modules() if isinstance(m, SparseLayer)}
+        # By the names in the model itself, whether or not it is compiled.
+        layers = {
+            n.replace("_orig_mod.", ""): m for n, m in model.named_modules() if isinstance(m, SparseLayer)
+        }
         self._check_layers(layers, optimizer)
         self._optimizer, self._trackers = optimizer, [Tracker(n, m) for n, m in layers.items()]
         self._seed, self._block_score, self._expected = seed, block_score, grad_accumulation
@@ -114,10 +120,15 @@ class TopologyUpdater:
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
-        _attached[optimizer] = type(self).__name__
-        for tracker in self._trackers:
-            tracker.watch()
-        self._arm()
+        for held in (optimizer, *layers.values()):
+            _attached[held] = weakref.ref(self)
+        try:
+            for tracker in self._trackers:
+                tracker.watch()
+            self._arm()
+        except BaseException:
+            self.remove()
+            raise
 
     def _check_objects(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         if not isinstance(model, nn.Module):
@@ -129,10 +140,7 @@ class TopologyUpdater:
                 "LBFGS keeps one flat history over all parameters, which cannot follow a change of topology; "
                 "use SGD, Adam, AdamW, RMSprop, ..., or rigl.Static"
             )
-        if optimizer in _attached:
-            raise ValueError(
-                f"{_attached[optimizer]} is attached to this optimizer already; call its .remove() first"
-            )
+        _check_free(optimizer, "this optimizer")
 
     @staticmethod
     def _check_layers(layers: Mapping[str, SparseLayer], optimizer: torch.optim.Optimizer) -> None:
@@ -147,6 +155,9 @@ class TopologyUpdater:
                 f"the optimizer does not hold the values of sparse layer {missing[0]!r} ({len(missing)} of "
                 f"{len(layers)} layers): build the optimizer after rigl.sparsify, from model.parameters()"
             )
+
+        for name, layer in layers.items():
+            _check_free(layer, f"layer {name!r}")
 
     # what a method decides ------------------------------------------------------------------
 
@@ -294,7 +305,7 @@ class TopologyUpdater:
             "failed_updates": self.failed_updates,
             "updated": self.updated,
             "replaced": self._replaced,
-            "passes": {t.name: [t.passes, t.shared] for t in self._trackers},
+            "passes": {t.name: t.passes for t in self._trackers},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -311,30 +322,44 @@ class TopologyUpdater:
             )
         if state["method"] != type(self).__name__:
             raise ValueError(f"this is the state of a {state['method']}, not of a {type(self).__name__}")
-        numbers = ("seed", "step_count", "last_update", "updates", "failed_updates", "replaced")
+        counts = ("step_count", "updates", "failed_updates", "replaced")
+        numbers = ("seed", "last_update", *counts)
         for key in numbers:
             if isinstance(state[key], bool) or not isinstance(state[key], int):
                 raise ValueError(f"{key} must be an int, got {state[key]!r}")
-        names = {tracker.name for tracker in self._trackers}
-        if state["passes"].keys() != names:
-            other = ", ".join(sorted(names ^ state["passes"].keys()))
+            if key in counts and state[key] < 0:
+                raise ValueError(f"{key} must not be negative, got {state[key]}")
+        if state["last_update"] > state["step_count"]:
+            raise ValueError(
+                f"last_update must not be after step_count, got {state['last_update']} and "
+                f"{state['step_count']}"
+            )
+        passes, names = state["passes"], {tracker.name for tracker in self._trackers}
+        if not isinstance(passes, Mapping) or passes.keys() != names:
+            other = ", ".join(sorted(names ^ set(passes))) if isinstance(passes, Mapping) else repr(passes)
             raise ValueError(f"the state is of a model with other sparse layers; not in both: {other}")
-        self._seed, self.step_count, self._last_update, self.updates, self.failed_updates, self._replaced = (
+        for name, n in passes.items():
+            if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
+                raise ValueError(f"passes of layer {name!r} must be a positive int or None, got {n!r}")
+        self._seed, self._last_update, self.step_count, self.updates, self.failed_updates, self._replaced = (
             state[key] for key in numbers
         )
         self.updated = bool(state["updated"])
         for tracker in self._trackers:
-            tracker.passes, tracker.shared = state["passes"][tracker.name]
+            tracker.passes = passes[tracker.name]
         self._arm()
 
     def remove(self) -> None:
-        """Detach from optimizer and layers. The topology stays as it is."""
+        """Detach from optimizer and layers. The topology stays as it is. A second call does nothing."""
+        if not self._handles:
+            return
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         for tracker in self._trackers:
             tracker.release()
-        _attached.pop(self._optimizer, None)
+        for held in (self._optimizer, *(tracker.layer for tracker in self._trackers)):
+            del _attached[held]
 
     def __repr__(self) -> str:
         w = self._window
@@ -342,6 +367,25 @@ class TopologyUpdater:
             f"{type(self).__name__}(layers={len(self._trackers)}, step_count={self.step_count}, "
             f"updates={self.updates}, begin={w.begin}, t_end={w.t_end}, delta_t={w.delta_t})"
         )
+
+
+def _innermost(optimizer: Any) -> Any:
+    """The optimizer that steps, out of wrappers such as Accelerate's: its hooks run when it really does."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
+    return optimizer
+
+
+def _check_free(held: Any, name: str) -> None:
+    """Raise ValueError if an updater acts on an optimizer or layer already."""
+
+    def owner() -> TopologyUpdater | None:
+        return _attached[held]() if held in _attached else None
+
+    if owner() is not None:
+        gc.collect()  # one that nobody can reach any more may be waiting for this
+    if (other := owner()) is not None:
+        raise ValueError(f"{type(other).__name__} is attached to {name} already; call its .remove() first")
 
 
 def _evaluate_closure(

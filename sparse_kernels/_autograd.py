@@ -6,68 +6,104 @@ stands outside the operators; in an ordinary backward (`create_graph=False`) not
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _ops
 
 _Maybe = Tensor | None
+_Operands = tuple[_Maybe, _Maybe, Tensor]  # x, values, index
+_Sizes = list[int]
+_FORWARD = {"linear": _ops.linear_forward, "conv2d": _ops.conv2d_forward}
 
 
-def product(kind: str, x: Tensor, values: Tensor, bias: Tensor | None, index: Tensor, *conf: Any) -> Tensor:
+def product(
+    kind: str,
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+    *conf: Any,
+    ticket: _Maybe = None,
+) -> Tensor:
     """`y` of a "linear" or "conv2d" operator, differentiable in `x`, `values` and `bias`.
 
-    `x` and `values` are in a layout that the operator takes; `conf` is what it takes after `index`.
+    `x` and `values` are in a layout that the operator takes; `conf` is what it takes after `index`. The
+    growth scorer of `ticket` is shown the factors of whatever is added to the gradient of `values`.
     """
-    # Skipped when nothing needs a gradient: a Function costs as much as a small product.
+    if torch.compiler.is_exporting():  # an exported program has no Function: its operators must know
+        return (_ops.linear if kind == "linear" else _ops.conv2d)(x, values, bias, index, *conf)
+    # Skipped when nothing needs a gradient: a Function costs as much as a small product. Forward-mode
+    # differentiation it refuses by name, where the operator alone would lose the tangent.
     wanted = x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
-    if wanted and torch.is_grad_enabled():
-        return _Product.apply(kind, x, values, bias, index, *conf)
-    return _forward_operator(kind)(x, values, bias, index, *conf)
+    if (wanted and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
+        return _Product.apply(kind, ticket, x, values, bias, index, *conf)
+    return _FORWARD[kind](x, values, bias, index, *conf)
 
 
-def _forward_operator(kind: str) -> Callable[..., Tensor]:
-    return _ops.linear_forward if kind == "linear" else _ops.conv2d_forward
+def _saved(kind: str, x: Tensor, values: Tensor, index: Tensor, need: tuple[bool, ...]) -> _Operands:
+    """What a backward keeps.
+
+    As torch's own: a Linear neither keeps nor guards what its gradients do not read, a convolution keeps all.
+    `index` is among it: its version counter then catches an update between forward and backward.
+    """
+    if kind == "conv2d":
+        return x, values, index
+    return x if need[1] else None, values if need[0] else None, index
 
 
 def _gradients(
     kind: str,
     dy: Tensor,
-    x: Tensor,
-    values: Tensor,
-    index: Tensor,
+    operands: _Operands,
     conf: tuple[Any, ...],
+    values_size: _Sizes,
     need: tuple[bool, ...],
+    ticket: _Maybe = None,
 ) -> tuple[Tensor, ...]:
-    """The gradients of `x`, `values` and `bias` that `need` names; empty tensors for the others."""
-    dy = _like(dy, x)
+    """The gradients of `x`, `values` and `bias` that `need` names; empty tensors for the others.
+
+    `operands`: those that `_saved` keeps for them, or more.
+    """
+    x, values, index = operands
+    if ticket is not None and x is not None and need[1]:
+        settings = [] if kind == "linear" else [*conf[3], *conf[4], *conf[5], conf[6]]
+        _ops.observe(ticket, x, dy, settings, True)
     # Compiled code is never differentiated twice, and the compiler does not trace a Function in a backward.
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _Gradients.apply(kind, dy, x, values, index, conf, need)
-    operator = _ops.linear_backward if kind == "linear" else _ops.conv2d_backward
-    return operator(dy, x, values, index, *conf, *need)
+        return _Gradients.apply(kind, ticket, dy, x, values, index, conf, values_size, need)
+    if kind == "conv2d":
+        return _ops.conv2d_backward(_like(dy, x), x, values, index, *conf, *need)
+    x, values = x if need[1] else None, values if need[0] else None
+    return _ops.linear_backward(dy.contiguous(), x, values, index, *conf, values_size, need[2])
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, kind: str, x: Tensor, values: Tensor, bias: Tensor | None, index: Tensor, *conf: Any
+        ctx: Any,
+        kind: str,
+        ticket: _Maybe,
+        x: Tensor,
+        values: Tensor,
+        bias: Tensor | None,
+        index: Tensor,
+        *conf: Any,
     ) -> Tensor:
-        # `index` is saved too: its version counter then catches an update between forward and backward.
-        ctx.save_for_backward(x, values, index)
-        ctx.kind, ctx.conf = kind, conf
-        return _forward_operator(kind)(x, values, bias, index, *conf)
+        ctx.save_for_backward(ticket, *_saved(kind, x, values, index, ctx.needs_input_grad[2:5]))
+        ctx.kind, ctx.conf, ctx.values_size = kind, conf, list(values.shape)
+        return _FORWARD[kind](x, values, bias, index, *conf)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[_Maybe, ...]:  # type: ignore[override]
-        x, values, index = ctx.saved_tensors
-        need = ctx.needs_input_grad[1:4]
-        grads = _gradients(ctx.kind, dy, x, values, index, ctx.conf, need)
+        ticket, *operands = ctx.saved_tensors
+        need = ctx.needs_input_grad[2:5]
+        grads = _gradients(ctx.kind, dy, operands, ctx.conf, ctx.values_size, need, ticket)
         wanted = (g if n else None for g, n in zip(grads, need, strict=True))
-        return None, *wanted, None, *(None for _ in ctx.conf)
+        return None, None, *wanted, None, *(None for _ in ctx.conf)
 
 
 class _Gradients(torch.autograd.Function):
@@ -77,42 +113,65 @@ class _Gradients(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any,
         kind: str,
+        ticket: _Maybe,
         dy: Tensor,
-        x: Tensor,
-        values: Tensor,
+        x: _Maybe,
+        values: _Maybe,
         index: Tensor,
         conf: tuple[Any, ...],
+        values_size: _Sizes,
         need: tuple[bool, ...],
     ) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(dy, x, values, index)
-        ctx.kind, ctx.conf = kind, conf
+        ctx.save_for_backward(ticket, dy, x, values, index)
+        ctx.kind, ctx.conf, ctx.values_size = kind, conf, values_size
         ctx.set_materialize_grads(False)
-        return _gradients(kind, dy, x, values, index, conf, need)
+        return _gradients(kind, dy, (x, values, index), conf, values_size, need)
 
     @staticmethod
     def backward(ctx: Any, to_dx: _Maybe, to_dw: _Maybe, to_db: _Maybe) -> tuple[_Maybe, ...]:  # type: ignore[override]
-        dy, x, values, index = ctx.saved_tensors
-        kind, conf = ctx.kind, ctx.conf
-        _, need_dy, need_x, need_values, *_ = ctx.needs_input_grad
+        ticket, dy, x, values, index = ctx.saved_tensors
+        kind, conf, sizes = ctx.kind, ctx.conf, ctx.values_size
+        _, _, need_dy, need_x, need_values, *_ = ctx.needs_input_grad
         g_dy = g_x = g_values = None
         if need_dy:
             parts = []
             if to_dx is not None:
-                parts.append(product(kind, _like(to_dx, x), values, None, index, *conf))
+                parts.append(product(kind, _like(to_dx, x), values, None, index, *conf, ticket=ticket))
             if to_dw is not None:
                 parts.append(product(kind, x, to_dw.contiguous(), None, index, *conf))
             if to_db is not None:
                 parts.append(to_db.reshape(-1, *(1 for _ in dy.shape[2:])).expand_as(dy))
             g_dy = sum(parts[1:], parts[0]) if parts else None
         if need_x and to_dw is not None:
-            g_x = _gradients(kind, dy, x, to_dw.contiguous(), index, conf, (True, False, False))[0]
+            operands = (x, to_dw.contiguous(), index)
+            g_x = _gradients(kind, dy, operands, conf, sizes, (True, False, False))[0]
         if need_values and to_dx is not None:
-            g_values = _gradients(kind, dy, _like(to_dx, x), values, index, conf, (False, True, False))[1]
-        return None, g_dy, g_x, g_values, None, None, None
+            operands = (_like(to_dx, x), values, index)
+            g_values = _gradients(kind, dy, operands, conf, sizes, (False, True, False), ticket)[1]
+        return None, None, g_dy, g_x, g_values, None, None, None, None
 
 
-def _like(gradient: Tensor, x: Tensor) -> Tensor:
-    """In the layout of `x`."""
-    return gradient.contiguous(
-        memory_format=torch.channels_last if _ops.is_channels_last(x) else torch.contiguous_format
-    )
+def _like(gradient: Tensor, x: _Maybe) -> Tensor:
+    """In the layout of images `x`; contiguous for a Linear."""
+    last = x is not None and x.dim() == 4 and _ops.is_channels_last(x)
+    return gradient.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def _differentiable(kind: str) -> None:
+    """Register the derivatives of the operator that exported programs hold."""
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, values, _, index, *conf = inputs
+        ctx.save_for_backward(*_saved(kind, x, values, index, ctx.needs_input_grad[:3]))
+        ctx.conf, ctx.values_size = conf, list(values.shape)
+
+    def backward(ctx: Any, dy: Tensor) -> tuple[_Maybe, ...]:
+        need = ctx.needs_input_grad[:3]
+        grads = _gradients(kind, dy, ctx.saved_tensors, tuple(ctx.conf), ctx.values_size, need)
+        return *(g if n else None for g, n in zip(grads, need, strict=True)), None, *(None for _ in ctx.conf)
+
+    torch.library.register_autograd(f"sparse_kernels::{kind}", backward, setup_context=setup)
+
+
+_differentiable("linear")
+_differentiable("conv2d")

@@ -26,7 +26,8 @@ if "_C" in missing:
 try:
     torch.ops.sparse_kernels.cpu_isa()
 except RuntimeError as error:  # SPARSE_KERNELS_ISA asks for what is not there
-    raise ImportError(str(error).splitlines()[0]) from None
+    # The text before is the check's place in the source.
+    raise ImportError(str(error).splitlines()[0].split(", ", 2)[-1]) from None
 if torch.version.cuda is None:
     missing["_C_cuda"] = "this torch is built without CUDA"
 else:

@@ -15,10 +15,13 @@ _lib = torch.ops.sparse_kernels
 
 index_build = _lib.index_build.default
 index_update = _lib.index_update.default
+linear = _lib.linear.default
 linear_forward = _lib.linear_forward.default
 linear_backward = _lib.linear_backward.default
+conv2d = _lib.conv2d.default
 conv2d_forward = _lib.conv2d_forward.default
 conv2d_backward = _lib.conv2d_backward.default
+observe = _lib.observe.default
 growth_scan = _lib.growth_scan.default
 cpu_isa = _lib.cpu_isa.default
 
@@ -29,8 +32,22 @@ def out_features(values: Tensor, rows: int) -> int:
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether a 4-D tensor's memory is NHWC and not NCHW (ambiguous sizes count as NCHW)."""
-    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    """Whether a 4-D tensor's memory is NHWC and not NCHW.
+
+    One that is both, for having one channel or pixel, is what its strides look like: the rule of torch's
+    convolutions, so that layers agree on the format of their output.
+    """
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return False
+    if not x.is_contiguous():
+        return True
+    least = 0
+    for d in (1, 3, 2, 0):
+        size, stride = x.shape[d], x.stride(d)
+        if size == 0 or stride < least or (d == 0 and least == x.stride(1)):
+            return False
+        least = stride * size
+    return True
 
 
 def conv2d_output_size(
@@ -49,26 +66,27 @@ def conv2d_output_size(
 
 
 def _empty_image(like: Tensor, size: tuple[int, int, int, int]) -> Tensor:
-    n, c, h, w = size
-    if is_channels_last(like):
-        return like.new_empty(n, h, w, c).permute(0, 3, 1, 2)
-    return like.new_empty(size)
+    layout = torch.channels_last if is_channels_last(like) else torch.contiguous_format
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
+@register_fake("sparse_kernels::linear")
 @register_fake("sparse_kernels::linear_forward")
 def _(x, values, bias, index, rows, cols):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape[0], out_features(values, rows))
 
 
 @register_fake("sparse_kernels::linear_backward")
-def _(dy, x, values, index, rows, cols, need_x, need_values, need_bias):  # type: ignore[no-untyped-def]
+def _(dy, x, values, index, rows, cols, values_size, need_bias):  # type: ignore[no-untyped-def]
+    inputs = cols if len(values_size) == 1 else cols * values_size[2]
     return (
-        x.new_empty(x.shape if need_x else 0),
-        values.new_empty(values.shape if need_values else 0),
+        dy.new_empty((dy.shape[0], inputs) if values is not None else 0),
+        dy.new_empty(values_size if x is not None else 0),
         dy.new_empty(dy.shape[1] if need_bias else 0),
     )
 
 
+@register_fake("sparse_kernels::conv2d")
 @register_fake("sparse_kernels::conv2d_forward")
 def _(x, values, bias, index, rows, cols, kernel, stride, padding, dilation, groups):  # type: ignore[no-untyped-def]
     h, w = conv2d_output_size(x.shape[2:], kernel, stride, padding, dilation)
@@ -83,3 +101,8 @@ def _(dy, x, values, index, rows, cols, kernel, stride, padding, dilation, group
         values.new_empty(values.shape if need_values else 0),
         dy.new_empty(dy.shape[1] if need_bias else 0),
     )
+
+
+@register_fake("sparse_kernels::observe")
+def _(ticket, x, dy, conf, exact):  # type: ignore[no-untyped-def]
+    pass

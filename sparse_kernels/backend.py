@@ -31,17 +31,20 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: an unknown name.
         RuntimeError: raised by the product, if that implementation cannot run on its tensors.
+
+    Notes:
+        Code compiled by `torch.compile` follows the latest `use_backend` of any thread.
     """
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {name!r}")
     global _latest
-    token, before = _requested.set(name), _latest
+    token = _requested.set(name)
     _latest = name
     try:
         yield
     finally:
         _requested.reset(token)
-        _latest = before
+        _latest = _requested.get()
 
 
 def requested() -> str:

@@ -6,6 +6,7 @@ that no gradient of the dense size is kept.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,16 @@ from torch.nn import functional as F
 from .topology import Topology
 
 _STRIPE_ELEMENTS = 1 << 20  # of the dense gradient held at a time (4 MiB in float32)
+
+
+def under_autocast(device: str) -> bool:
+    """Whether autocast is on for a type of device."""
+    return device != "meta" and torch.is_autocast_enabled(device)  # which raises for meta
+
+
+def no_autocast(device: str) -> AbstractContextManager[Any]:
+    """Without autocast: operands have the dtype to compute in already."""
+    return torch.autocast(device, enabled=False) if under_autocast(device) else nullcontext()
 
 
 def stripes(topology: Topology) -> list[tuple[int, int]]:
@@ -76,6 +87,11 @@ def _sampled(topology: Topology, like: Tensor, stripe: Any) -> Tensor:
     return blocks.reshape(like.shape)
 
 
+def _whole_gradient() -> bool:
+    """Whether a backward is differentiated again, or traced: then in torch's operations, and at once."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling()
+
+
 class _DenseLinear(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
@@ -83,24 +99,22 @@ class _DenseLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, values, index)
         ctx.topology = topology
-        return F.linear(x, topology.to_dense(values), bias)
+        with no_autocast(x.device.type):
+            return F.linear(x, topology.to_dense(values), bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, values, _ = ctx.saved_tensors
         topology: Topology = ctx.topology
         need_x, need_values, need_bias = ctx.needs_input_grad[:3]
-        if (
-            torch.is_grad_enabled()
-        ):  # to be differentiated again: in differentiable operations, and the whole gradient
-            w = topology.to_dense(values)
-            return dy @ w, topology.gather(dy.t() @ x), dy.sum(0) if need_bias else None, None, None
-        dx = dy @ topology.to_dense(values) if need_x else None
-        dvalues = (
-            _sampled(topology, values, lambda b, e: linear_stripe(x, dy, topology, b, e))
-            if need_values
-            else None
-        )
+        dx = dvalues = None
+        with no_autocast(x.device.type):
+            if need_x:
+                dx = dy @ topology.to_dense(values)
+            if need_values and _whole_gradient():
+                dvalues = topology.gather(dy.t() @ x)
+            elif need_values:
+                dvalues = _sampled(topology, values, lambda b, e: linear_stripe(x, dy, topology, b, e))
         return dx, dvalues, dy.sum(0) if need_bias else None, None, None
 
 
@@ -117,7 +131,8 @@ class _DenseConv2d(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, values, index)
         ctx.topology, ctx.conf = topology, conf
-        return F.conv2d(x, topology.to_dense(values), bias, *conf)
+        with no_autocast(x.device.type):
+            return F.conv2d(x, topology.to_dense(values), bias, *conf)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -125,23 +140,19 @@ class _DenseConv2d(torch.autograd.Function):
         topology: Topology = ctx.topology
         need_x, need_values, need_bias = ctx.needs_input_grad[:3]
         stride, padding, dilation, groups = ctx.conf
+        whole = need_values and _whole_gradient()
+        conf = ([*stride], [*padding], [*dilation], False, [0, 0], groups, [need_x, whole, False])
         dx = dvalues = None
-        if torch.is_grad_enabled():  # as above
-            conf = ([*stride], [*padding], [*dilation], False, [0, 0], groups, [True, True, False])
-            dx, dw, _ = torch.ops.aten.convolution_backward(dy, x, topology.to_dense(values), None, *conf)
-            return (
-                dx,
-                topology.gather(dw),
-                dy.sum((0, 2, 3)) if need_bias else None,
-                None,
-                None,
-                *(None for _ in ctx.conf),
-            )
-        if need_x:
-            conf = ([*stride], [*padding], [*dilation], False, [0, 0], groups, [True, False, False])
-            dx = torch.ops.aten.convolution_backward(dy, x, topology.to_dense(values), None, *conf)[0]
-        if need_values:
-            dvalues = _sampled(topology, values, lambda b, e: conv2d_stripe(x, dy, topology, b, e, *ctx.conf))
+        with no_autocast(x.device.type):
+            if need_x or whole:
+                w = topology.to_dense(values)
+                dx, dw, _ = torch.ops.aten.convolution_backward(dy, x, w, None, *conf)
+            if whole:
+                dvalues = topology.gather(dw)
+            elif need_values:
+                dvalues = _sampled(
+                    topology, values, lambda b, e: conv2d_stripe(x, dy, topology, b, e, *ctx.conf)
+                )
         dbias = dy.sum((0, 2, 3)) if need_bias else None
         return dx, dvalues, dbias, None, None, *(None for _ in ctx.conf)
 

@@ -8,7 +8,8 @@ pointers. The Function stands outside the operator, and is skipped when nothing 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +19,6 @@ from . import _ops, dense, reference
 from ._autograd import product
 from .backend import select
 from .topology import Topology
-
-if TYPE_CHECKING:
-    from .growth import GrowthScorer
 
 _NATIVE = (torch.float32, torch.float64)  # dtypes that the CPU kernels compute in; others go through float32
 _Pair = tuple[int, int]
@@ -82,7 +80,10 @@ def conv2d(
         ValueError: shapes or devices that do not fit together, an empty output.
         TypeError: dtypes that differ, or are not floating point.
     """
-    return _conv2d(x, values, topology, bias, _pair(stride), padding, _pair(dilation), groups)
+    steps = _pair(stride, "stride", 1)
+    if padding == "same" and max(steps) > 1:
+        raise ValueError(f'padding="same" needs stride 1, got {steps}')
+    return _conv2d(x, values, topology, bias, steps, padding, _pair(dilation, "dilation", 1), groups)
 
 
 def _linear(
@@ -90,7 +91,7 @@ def _linear(
     values: Tensor,
     topology: Topology,
     bias: Tensor | None,
-    growth: GrowthScorer | None = None,
+    ticket: Tensor | None = None,
 ) -> Tensor:
     _check(x, values, topology, bias, dims=2)
     if x.dim() < 1 or x.shape[-1] != topology.shape[1]:
@@ -107,9 +108,9 @@ def _linear(
         y = dense.linear(flat, values, topology, bias)
     else:
         operands = (flat.contiguous(), values.contiguous(), bias, topology.index)
-        y = product("linear", *operands, topology.rows, topology.cols)
-    if growth is not None:
-        y = _Observe.apply(y, flat, growth)
+        y = product("linear", *operands, topology.rows, topology.cols, ticket=ticket)
+    if ticket is not None and name in ("reference", "dense"):
+        y = _Observe.apply(y, flat, ticket, [])
     if x.dim() != 2:
         y = y.reshape(*x.shape[:-1], topology.shape[0])
     return y if y.dtype == out_dtype else y.to(out_dtype)
@@ -124,7 +125,7 @@ def _conv2d(
     padding: int | _Pair | str,
     dilation: _Pair,
     groups: int,
-    growth: GrowthScorer | None = None,
+    ticket: Tensor | None = None,
 ) -> Tensor:
     _check(x, values, topology, bias, dims=4)
     if groups != topology.groups:
@@ -135,8 +136,6 @@ def _conv2d(
             f"expected an input of shape [n, {channels}, h, w] or [{channels}, h, w] for a weight of shape "
             f"{topology.shape} with groups = {groups}, got {list(x.shape)}"
         )
-    if min(stride) < 1 or min(dilation) < 1:
-        raise ValueError(f"stride and dilation must be positive, got {stride} and {dilation}")
     x, values, bias, out_dtype = _cast(x, values, bias)
     image = x if x.dim() == 4 else x.unsqueeze(0)
     kernel = topology.shape[2:]
@@ -162,17 +161,23 @@ def _conv2d(
             )
         ints = [list(pair) for pair in (kernel, stride, pads, dilation)]
         operands = (image, values.contiguous(), bias, topology.index)
-        y = product("conv2d", *operands, topology.rows, topology.cols, *ints, groups)
-    if growth is not None:
-        y = _Observe.apply(y, image, growth, *conf)
+        y = product("conv2d", *operands, topology.rows, topology.cols, *ints, groups, ticket=ticket)
+    if ticket is not None and name in ("reference", "dense"):
+        y = _Observe.apply(y, image, ticket, [*stride, *pads, *dilation, groups])
     return (y if x.dim() == 4 else y.squeeze(0)).to(out_dtype)
 
 
 # checks and casts -----------------------------------------------------------------------------
 
 
-def _pair(value: int | _Pair) -> _Pair:
-    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+def _pair(value: Any, name: str, least: int) -> _Pair:
+    """An int or a pair of them, as a pair of numbers that are at least `least`."""
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, Integral) for n in pair):
+        raise TypeError(f"{name} must be an int or a pair of them, got {value!r}")
+    if min(pair) < least:
+        raise ValueError(f"{name} must be at least {least}, got {value!r}")
+    return int(pair[0]), int(pair[1])
 
 
 def _check(x: Tensor, values: Tensor, topology: Topology, bias: Tensor | None, dims: int) -> None:
@@ -187,6 +192,8 @@ def _check(x: Tensor, values: Tensor, topology: Topology, bias: Tensor | None, d
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")
     dtype, device = x.dtype, x.device
+    if x.layout != torch.strided:
+        raise TypeError(f"x must be a dense (strided) tensor, got {x.layout}; x.to_dense() makes it one")
     if not dtype.is_floating_point:
         raise TypeError(f"x must be floating point (float32, float64, bfloat16 or float16), got {dtype}")
     for name, t in (("values", values), ("bias", bias)):
@@ -194,7 +201,7 @@ def _check(x: Tensor, values: Tensor, topology: Topology, bias: Tensor | None, d
             continue
         if t.device != device:
             raise ValueError(f"x is on {device}, but {name} on {t.device}: move one of them")
-        if t.dtype != dtype and not torch.is_autocast_enabled(device.type):
+        if t.dtype != dtype and (dtype == torch.float64 or not dense.under_autocast(device.type)):
             raise TypeError(f"{name} must have the dtype of x, {dtype}, got {t.dtype}")
     if topology.index.device != device and device.type != "meta":
         raise ValueError(f"x is on {x.device}, but the topology on {topology.device}: use topology.to()")
@@ -206,7 +213,7 @@ def _cast(
     """Inputs in the dtype to compute in, and the dtype of the output."""
     device = x.device.type
     out = x.dtype
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if dense.under_autocast(device) and x.dtype != torch.float64:
         out = torch.get_autocast_dtype(device)
         x, values = x.to(out), values.to(out)
         bias = None if bias is None else bias.to(out)
@@ -221,10 +228,7 @@ def _explicit_padding(
 ) -> tuple[Tensor, _Pair]:
     """Symmetric zero padding as numbers; what is asymmetric ("same" with an even kernel) is done here."""
     if not isinstance(padding, str):
-        pads = _pair(padding)
-        if min(pads) < 0:
-            raise ValueError(f"padding must not be negative, got {padding}")
-        return x, pads
+        return x, _pair(padding, "padding", 0)
     if padding == "valid":
         return x, (0, 0)
     if padding != "same":
@@ -248,16 +252,19 @@ def _select(x: Tensor, topology: Topology) -> str:
 
 
 class _Observe(torch.autograd.Function):
-    """Identity that shows a layer's input and output gradient to its growth scorer in the backward."""
+    """Identity that shows a layer's input and output gradient to its growth scorer in the backward.
+
+    The products of `_autograd` do that themselves, derivatives of their gradients included.
+    """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, growth: GrowthScorer, *conf: Any) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(x)
-        ctx.growth, ctx.conf = growth, conf
+    def forward(ctx: Any, y: Tensor, x: Tensor, ticket: Tensor, conf: list[int]) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x, ticket)
+        ctx.conf = conf
         return y.clone()  # a view would forbid an in-place activation behind the layer
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        with torch.no_grad():
-            ctx.growth.observe(ctx.saved_tensors[0].detach(), dy.detach(), *ctx.conf)
-        return dy, None, None, *(None for _ in ctx.conf)
+        x, ticket = ctx.saved_tensors
+        _ops.observe(ticket, x, dy, ctx.conf, not torch.is_grad_enabled())
+        return dy, None, None, None

@@ -14,6 +14,7 @@ leaves the old topology intact.
 from __future__ import annotations
 
 import math
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -30,8 +31,9 @@ def active_count(total: int, density: float) -> int:
     The floor is guarded against float error: a product within a few roundings of an integer
     counts as that integer, so that density 0.1 of 1000 is 100 and not 101.
     """
-    if not isinstance(density, (int, float)) or not 0.0 <= density <= 1.0:
+    if not isinstance(density, Real) or not 0.0 <= density <= 1.0:
         raise ValueError(f"density must be a number in [0, 1], got {density!r}")
+    density = float(density)
     zeros = (1.0 - density) * total
     nearest = round(zeros)
     if abs(zeros - nearest) <= 1e-15 * max(1.0, total):
@@ -42,16 +44,25 @@ def active_count(total: int, density: float) -> int:
 def normalize_block_size(block_size: int | tuple[int, int]) -> tuple[int, int]:
     """`b` or `(b_out, b_in)` -> `(b_out, b_in)`, checked."""
     pair = tuple(block_size) if isinstance(block_size, (tuple, list)) else (block_size, block_size)
-    if len(pair) != 2 or any(isinstance(b, bool) or not isinstance(b, int) or b < 1 for b in pair):
+    if len(pair) != 2 or any(isinstance(b, bool) or not isinstance(b, Integral) or b < 1 for b in pair):
         raise ValueError(
             f"block_size must be a positive int or a pair (b_out, b_in) of them, got {block_size!r}"
         )
-    return pair[0], pair[1]
+    return int(pair[0]), int(pair[1])
 
 
 def _fitting_blocks(extent: int) -> str:
-    sizes = [b for b in (1, 2, 4, 8, 16, 32, 64, 128) if extent % b == 0]
-    return ", ".join(map(str, sizes))
+    """The block sizes up to 128 that divide a dimension."""
+    return ", ".join(str(b) for b in range(1, 129) if extent % b == 0)
+
+
+def _check_integers(name: str, t: Any) -> None:
+    """Raise TypeError or ValueError unless `t` is an integer tensor that can be read."""
+    if not isinstance(t, Tensor) or t.dtype not in (torch.int32, torch.int64):
+        got = t.dtype if isinstance(t, Tensor) else type(t).__name__
+        raise TypeError(f"{name} must be an int32 or int64 tensor, got {got}")
+    if t.is_meta or t.layout != torch.strided:
+        raise ValueError(f"{name} must be a dense tensor with data, got one on {t.device} in {t.layout}")
 
 
 def _draw_positions(total: int, count: int, generator: torch.Generator | None) -> Tensor:
@@ -107,9 +118,7 @@ class Topology:
             TypeError: `positions` not an integer tensor.
         """
         self._set_geometry(shape, block_size, groups)
-        if not isinstance(positions, Tensor) or positions.dtype not in (torch.int32, torch.int64):
-            got = positions.dtype if isinstance(positions, Tensor) else type(positions).__name__
-            raise TypeError(f"positions must be an int64 tensor, got {got}")
+        _check_integers("positions", positions)
         device = torch.device(device) if device is not None else positions.device
         if device.type == "meta":
             device = torch.device("cpu")
@@ -134,7 +143,9 @@ class Topology:
         blank = cls.__new__(cls)
         blank._set_geometry(shape, block_size, groups)
         total = blank.rows * blank.cols
-        positions = _draw_positions(total, active_count(total, density), generator)
+        count = active_count(total, density)
+        cls._check_count(count)
+        positions = _draw_positions(total, count, generator)
         return cls(positions, shape, block_size, groups, device)
 
     @classmethod
@@ -156,12 +167,14 @@ class Topology:
         if groups < 1 or shape[0] % groups:
             raise ValueError(f"groups must divide out = {shape[0]}, got {groups}")
         self.groups = groups
-        for name, extent, block in (("out", shape[0] // groups, b_out), ("in", shape[1], b_in)):
+        extents = {"out": shape[0] // groups, "in": shape[1]}
+        for (name, extent), block in zip(extents.items(), self.block_size, strict=True):
             per = " per group" if groups > 1 else ""
             if extent % block:
+                common = math.gcd(*extents.values()) if b_out == b_in else extent
                 raise ValueError(
                     f"block size {block} does not divide the {name} dimension {extent}{per}; "
-                    f"sizes that fit: {_fitting_blocks(extent)}"
+                    f"sizes that fit: {_fitting_blocks(common)}"
                 )
         taps = shape[2] * shape[3] if len(shape) == 4 else 1
         self.rows, self.cols = shape[0] // b_out, shape[1] // b_in * taps
@@ -171,10 +184,14 @@ class Topology:
                 f"the block grid {self.rows} x {self.cols} exceeds the int32 index range (2^31 - 2 a side)"
             )
 
+    @staticmethod
+    def _check_count(count: int) -> None:
+        if count > INT32_MAX:
+            raise ValueError(f"{count} active positions exceed the int32 index range (2^31 - 1)")
+
     def _check_positions(self, flat: Tensor) -> None:
         """`flat`: sorted int64 positions on the CPU."""
-        if flat.numel() > INT32_MAX:
-            raise ValueError(f"{flat.numel()} active positions exceed the int32 index range")
+        self._check_count(flat.numel())
         if flat.numel() == 0:
             return
         low, high, total = int(flat[0]), int(flat[-1]), self.rows * self.cols
@@ -318,7 +335,7 @@ class Topology:
         grid = blocks.new_zeros(self.rows * self.cols, b_out, b_in).index_put((self.positions(),), blocks)
         inner = self.shape[1] // b_in
         parts = grid.reshape(self.shape[0] // b_out, inner, self.taps, b_out, b_in)
-        return parts.permute(0, 3, 1, 4, 2).reshape(self.shape)
+        return parts.permute(0, 3, 1, 4, 2).reshape(self.shape).contiguous()
 
     def gather(self, dense: Tensor) -> Tensor:
         """Dense weight -> the values at the active positions, `[nnz]` or `[n_blocks, b_out, b_in]`."""
@@ -348,9 +365,7 @@ class Topology:
             TypeError: not integer tensors.
         """
         for name, t in (("drop", drop), ("grow", grow)):
-            if not isinstance(t, Tensor) or t.dtype not in (torch.int32, torch.int64):
-                got = t.dtype if isinstance(t, Tensor) else type(t).__name__
-                raise TypeError(f"{name} must be an int64 tensor, got {got}")
+            _check_integers(name, t)
         drop, grow = (t.detach().to("cpu", torch.int64).flatten() for t in (drop, grow))
         if drop.numel() != grow.numel():
             raise ValueError(
@@ -381,8 +396,11 @@ class Topology:
             ValueError, TypeError: arrays that are not a valid topology of this shape and count.
                 The topology is unchanged then.
         """
-        index = self._build(self.check_arrays(row_ptr, col_idx))
-        self.index.copy_(index)
+        self.index.copy_(self.build(row_ptr, col_idx))
+
+    def build(self, row_ptr: Tensor, col_idx: Tensor) -> Tensor:
+        """What `index` is for other CSR arrays; arguments and errors as in `load_arrays_`."""
+        return self._build(self.check_arrays(row_ptr, col_idx))
 
     def check_arrays(self, row_ptr: Tensor, col_idx: Tensor) -> Tensor:
         """Check foreign CSR arrays against this shape and count; return their positions (int64, CPU)."""
@@ -390,9 +408,7 @@ class Topology:
             ("row_ptr", row_ptr, self.rows + 1),
             ("col_idx", col_idx, self.n_blocks),
         ):
-            if not isinstance(t, Tensor) or t.dtype not in (torch.int32, torch.int64):
-                got = t.dtype if isinstance(t, Tensor) else type(t).__name__
-                raise TypeError(f"{name} must be an int32 tensor, got {got}")
+            _check_integers(name, t)
             if tuple(t.shape) != (size,):
                 raise ValueError(f"{name} must have shape ({size},), got {tuple(t.shape)}")
         ptr, cols = row_ptr.detach().cpu().long(), col_idx.detach().cpu().long()

@@ -225,14 +225,27 @@ class Backward {
   const Kernels<T>& kernel_ = kernels_for<T>();
 };
 
-// 4-D images in NCHW or channels_last: whether it is the latter and not both.
-bool channels_last(const Tensor& t, const char* name) {
-  if (t.is_contiguous()) return false;
+bool has_layout(const Tensor& t, bool channels_last) {
+  if (!channels_last) return t.is_contiguous();
   const int64_t expected[4] = {t.size(1) * t.size(2) * t.size(3), 1, t.size(1) * t.size(3), t.size(1)};
   for (int64_t d = 0; d < 4; ++d)
-    STD_TORCH_CHECK(t.size(d) == 1 || t.stride(d) == expected[d], name,
-                    " must be contiguous or channels_last");
+    if (t.size(d) != 1 && t.stride(d) != expected[d]) return t.numel() == 0;
   return true;
+}
+
+// Whether 4-D images are channels_last and not NCHW. One that is both, for having one channel or pixel, is
+// what its strides look like: the rule of torch's convolutions, as is_channels_last in _ops.py.
+bool is_channels_last(const Tensor& t, const char* name) {
+  if (!t.is_contiguous()) {
+    STD_TORCH_CHECK(has_layout(t, true), name, " must be contiguous or channels_last");
+    return true;
+  }
+  int64_t least = 0;
+  for (int64_t d : {1, 3, 2, 0}) {
+    if (t.size(d) == 0 || t.stride(d) < least || (d == 0 && least == t.stride(1))) return false;
+    least = t.stride(d) * t.size(d);
+  }
+  return has_layout(t, true);
 }
 
 ConvShape shape_of(const Tensor& x, const Tensor& values, const Tensor& index, int64_t rows, int64_t cols,
@@ -260,9 +273,19 @@ ConvShape shape_of(const Tensor& x, const Tensor& values, const Tensor& index, i
   STD_TORCH_CHECK(groups > 0 && rows % groups == 0 && cols % (kernel[0] * kernel[1]) == 0,
                   "rows, cols, kernel and groups do not fit");
   const int64_t in = cols / (kernel[0] * kernel[1]) * b_in * groups;
-  const ConvShape shape{x.size(0), in,   rows * b_out,         rows,   cols,
-                        b_out,     b_in, values.size(0),       groups, axis(0),
-                        axis(1),   csr,  channels_last(x, "x")};
+  const ConvShape shape{x.size(0),
+                        in,
+                        rows * b_out,
+                        rows,
+                        cols,
+                        b_out,
+                        b_in,
+                        values.size(0),
+                        groups,
+                        axis(0),
+                        axis(1),
+                        csr,
+                        is_channels_last(x, "x")};
   check_size(x, 1, in, "x");
   check_size(index, 0, shape.index().size(), "index");
   return shape;
@@ -270,10 +293,11 @@ ConvShape shape_of(const Tensor& x, const Tensor& values, const Tensor& index, i
 
 // Shapes and strides as the fakes in _ops.py.
 Tensor empty_images(const Tensor& like, int64_t c, int64_t h, int64_t w, bool channels_last) {
-  const int64_t n = like.size(0);
-  if (!channels_last) return new_empty(like, {n, c, h, w}, like.scalar_type());
-  const Tensor t = new_empty(like, {n, h, w, c}, like.scalar_type());
-  return torch::stable::transpose(torch::stable::transpose(t, 1, 3), 2, 3);
+  const std::vector<int64_t> size{like.size(0), c, h, w};
+  if (!channels_last) return new_empty(like, size, like.scalar_type());
+  // Not a permuted NHWC tensor: that would be a view, which forbids in-place operations on the output.
+  return torch::stable::empty(size, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
+                              torch::headeronly::MemoryFormat::ChannelsLast);
 }
 
 }  // namespace
@@ -310,10 +334,7 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_backward(const Tensor& dy, const Tenso
   check_dtype(dy, x.scalar_type(), "dy");
   const int64_t sizes[4] = {s.n, s.out, s.y.out, s.x.out};
   for (int64_t d = 0; d < 4; ++d) check_size(dy, d, sizes[d], "dy");
-  // One that is both formats (one channel, one pixel) has the same memory in either.
-  const bool either = s.out == 1 || s.y.out * s.x.out == 1 || dy.numel() == 0;
-  STD_TORCH_CHECK(channels_last(dy, "dy") == s.channels_last || either,
-                  "dy must have the memory format of x");
+  STD_TORCH_CHECK(has_layout(dy, s.channels_last), "dy must have the memory format of x");
 
   const ScalarType dtype = x.scalar_type();
   const std::vector<int64_t> none{0}, values_size(values.sizes().begin(), values.sizes().end());
@@ -334,6 +355,7 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_backward(const Tensor& dy, const Tenso
 }  // namespace sparse_kernels
 
 STABLE_TORCH_LIBRARY_IMPL(sparse_kernels, CPU, m) {
+  m.impl("conv2d", TORCH_BOX(&sparse_kernels::conv2d_forward));
   m.impl("conv2d_forward", TORCH_BOX(&sparse_kernels::conv2d_forward));
   m.impl("conv2d_backward", TORCH_BOX(&sparse_kernels::conv2d_backward));
 }

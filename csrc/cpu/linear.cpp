@@ -25,27 +25,31 @@ void forward(const LinearShape& shape, const T* x, const T* values, const T* bia
   });
 }
 
-void check_inputs(const LinearShape& shape, const Tensor& x, const Tensor& values, const Tensor& index) {
-  check_cpu(x, "x");
-  check_cpu(values, "values");
+void check_index(const LinearShape& shape, const Tensor& index) {
   check_cpu(index, "index");
   check_dtype(index, ScalarType::Int, "index");
-  check_dtype(values, x.scalar_type(), "values");
-  check_size(x, 1, shape.in, "x");
   check_size(index, 0, shape.index().size(), "index");
+}
+
+void check_operand(const Tensor& t, ScalarType dtype, const std::vector<int64_t>& size, const char* name) {
+  check_cpu(t, name);
+  check_dtype(t, dtype, name);
+  STD_TORCH_CHECK(t.dim() == static_cast<int64_t>(size.size()), name, " must have ", size.size(),
+                  " dimensions");
+  for (size_t d = 0; d < size.size(); ++d) check_size(t, d, size[d], name);
 }
 
 }  // namespace
 
 Tensor linear_forward(const Tensor& x, const Tensor& values, const std::optional<Tensor>& bias,
                       const Tensor& index, int64_t rows, int64_t cols) {
-  const LinearShape shape = linear_shape(x, values, rows, cols);
-  check_inputs(shape, x, values, index);
-  if (bias) {
-    check_cpu(*bias, "bias");
-    check_dtype(*bias, x.scalar_type(), "bias");
-    check_size(*bias, 0, shape.out, "bias");
-  }
+  const std::vector<int64_t> values_size(values.sizes().begin(), values.sizes().end());
+  STD_TORCH_CHECK(x.dim() == 2, "x must be [tokens, in]");
+  const LinearShape shape = linear_shape(x.size(0), values_size, rows, cols);
+  check_index(shape, index);
+  check_operand(x, x.scalar_type(), {shape.tokens, shape.in}, "x");
+  check_operand(values, x.scalar_type(), values_size, "values");
+  if (bias) check_operand(*bias, x.scalar_type(), {shape.out}, "bias");
   Tensor y = new_empty(x, {shape.tokens, shape.out}, x.scalar_type());
   for_dtype(x, [&](auto zero) {
     using T = decltype(zero);
@@ -56,25 +60,27 @@ Tensor linear_forward(const Tensor& x, const Tensor& values, const std::optional
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& dy, const Tensor& x, const Tensor& values,
-                                                   const Tensor& index, int64_t rows, int64_t cols,
-                                                   bool need_x, bool need_values, bool need_bias) {
-  const LinearShape shape = linear_shape(x, values, rows, cols);
-  check_inputs(shape, x, values, index);
-  check_cpu(dy, "dy");
-  check_dtype(dy, x.scalar_type(), "dy");
-  check_size(dy, 0, shape.tokens, "dy");
-  check_size(dy, 1, shape.out, "dy");
-  const ScalarType dtype = x.scalar_type();
-  const std::vector<int64_t> none{0}, values_size(values.sizes().begin(), values.sizes().end());
-  Tensor dx = new_empty(x, need_x ? std::vector<int64_t>{shape.tokens, shape.in} : none, dtype);
-  Tensor dw = new_empty(x, need_values ? values_size : none, dtype);
-  Tensor db = new_empty(x, need_bias ? std::vector<int64_t>{shape.out} : none, dtype);
-  for_dtype(x, [&](auto zero) {
+// dX if the values are given, dW if x is, db if asked for; empty tensors for the others.
+std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& dy, const std::optional<Tensor>& x,
+                                                   const std::optional<Tensor>& values, const Tensor& index,
+                                                   int64_t rows, int64_t cols,
+                                                   const std::vector<int64_t>& values_size, bool need_bias) {
+  STD_TORCH_CHECK(dy.dim() == 2, "dy must be [tokens, out]");
+  const LinearShape shape = linear_shape(dy.size(0), values_size, rows, cols);
+  const ScalarType dtype = dy.scalar_type();
+  const std::vector<int64_t> none{0}, x_size{shape.tokens, shape.in};
+  check_index(shape, index);
+  check_operand(dy, dtype, {shape.tokens, shape.out}, "dy");
+  if (x) check_operand(*x, dtype, x_size, "x");
+  if (values) check_operand(*values, dtype, values_size, "values");
+  Tensor dx = new_empty(dy, values ? x_size : none, dtype);
+  Tensor dw = new_empty(dy, x ? values_size : none, dtype);
+  Tensor db = new_empty(dy, need_bias ? std::vector<int64_t>{shape.out} : none, dtype);
+  for_dtype(dy, [&](auto zero) {
     using T = decltype(zero);
-    linear_gradients<T>(shape, dy.const_data_ptr<T>(), x.const_data_ptr<T>(), values.const_data_ptr<T>(),
-                        index.const_data_ptr<int32_t>(), need_x ? dx.mutable_data_ptr<T>() : nullptr,
-                        need_values ? dw.mutable_data_ptr<T>() : nullptr,
+    linear_gradients<T>(shape, dy.const_data_ptr<T>(), x ? x->const_data_ptr<T>() : nullptr,
+                        values ? values->const_data_ptr<T>() : nullptr, index.const_data_ptr<int32_t>(),
+                        values ? dx.mutable_data_ptr<T>() : nullptr, x ? dw.mutable_data_ptr<T>() : nullptr,
                         need_bias ? db.mutable_data_ptr<T>() : nullptr);
   });
   return {dx, dw, db};
@@ -83,6 +89,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& dy, const Tenso
 }  // namespace sparse_kernels
 
 STABLE_TORCH_LIBRARY_IMPL(sparse_kernels, CPU, m) {
+  m.impl("linear", TORCH_BOX(&sparse_kernels::linear_forward));
   m.impl("linear_forward", TORCH_BOX(&sparse_kernels::linear_forward));
   m.impl("linear_backward", TORCH_BOX(&sparse_kernels::linear_backward));
 }

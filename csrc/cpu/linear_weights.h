@@ -16,12 +16,12 @@ struct LinearShape {
   double work() const { return static_cast<double>(tokens) * n * b_out * b_in; }
 };
 
-inline LinearShape linear_shape(const Tensor& x, const Tensor& values, int64_t rows, int64_t cols) {
-  const bool csr = values.dim() == 1;
-  STD_TORCH_CHECK(csr || values.dim() == 3, "values must be [nnz] or [n_blocks, b_out, b_in]");
-  const int64_t b_out = csr ? 1 : values.size(1), b_in = csr ? 1 : values.size(2);
-  STD_TORCH_CHECK(x.dim() == 2, "x must be [tokens, in]");
-  return {x.size(0), cols * b_in, rows * b_out, rows, cols, b_out, b_in, values.size(0), csr};
+inline LinearShape linear_shape(int64_t tokens, const std::vector<int64_t>& values, int64_t rows,
+                                int64_t cols) {
+  const bool csr = values.size() == 1;
+  STD_TORCH_CHECK(csr || values.size() == 3, "values must be [nnz] or [n_blocks, b_out, b_in]");
+  const int64_t b_out = csr ? 1 : values[1], b_in = csr ? 1 : values[2];
+  return {tokens, cols * b_in, rows * b_out, rows, cols, b_out, b_in, values[0], csr};
 }
 
 // One direction of CSR weights, in the order of its plan: row-wise (forward, weight gradient) or column-wise

@@ -93,6 +93,7 @@ def build(config: Digits) -> tuple[nn.Module, nn.Module]:
 
 def summary(config: Digits) -> object:
     """The sparse network's layers, printable."""
+    _check(config)
     return rigl.summary(build(config)[1])
 
 
@@ -108,14 +109,22 @@ def _connections(model: nn.Module) -> Tensor | None:
 
 
 def _check(config: Digits) -> None:
-    if config.epochs < 1:
-        raise ValueError(f"epochs must be at least 1, got {config.epochs}")
-    if not 1 <= config.batch_size <= 1347:
+    """Raise ValueError for a setting that would fail later, or train for nothing."""
+    for name, fits, expected in (
+        ("sparsity", 0 < config.sparsity < 1, "between 0 and 1 (the fraction of weights that is not there)"),
+        ("epochs", config.epochs >= 1, "at least 1"),
+        ("batch_size", 1 <= config.batch_size <= 1347, "between 1 and 1347 (the training images)"),
+        ("threads", config.threads >= 0, "0 (all cores) or more"),
+        ("seed", 0 <= config.seed < 2**63, "between 0 and 2^63 - 1"),
+        ("lr", 0 < config.lr < float("inf"), "a positive number"),
+        ("weight_decay", 0 <= config.weight_decay < float("inf"), "a number >= 0"),
+    ):
+        if not fits:
+            raise ValueError(f"{name} must be {expected}, got {getattr(config, name)}")
+    if config.method == "rigl" and config.epochs * (1347 // config.batch_size) < 2:
         raise ValueError(
-            f"batch_size must be between 1 and 1347 (the training images), got {config.batch_size}"
+            "this is a single step, and the first one changes the topology: train for more epochs"
         )
-    if config.threads < 0:
-        raise ValueError(f"threads must be 0 (all cores) or more, got {config.threads}")
 
 
 def _all_cores() -> int:
@@ -134,6 +143,7 @@ def train(config: Digits) -> Path:
     from rigl import report
 
     _check(config)
+    report.prepare(config.out)
     torch.set_num_threads(config.threads or _all_cores())
     x, y, x_test, y_test = load()
     models = build(config)

@@ -13,6 +13,7 @@ from ..topology import Topology, reorder_
 _Self = TypeVar("_Self", bound="SparseLayer")
 
 _INDEX_KEYS = ("row_ptr", "col_idx")
+_KEYS = ("weight_shape", *_INDEX_KEYS)  # of a state, beside the parameters; the first only tells a mix-up
 
 
 class SparseLayer(nn.Module):
@@ -33,6 +34,10 @@ class SparseLayer(nn.Module):
     def _setup(
         self, topology: Topology, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None
     ) -> None:
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(
+                f"dtype must be floating point (float32, float64, bfloat16 or float16), got {dtype}"
+            )
         self.topology = topology
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.values = nn.Parameter(torch.empty(topology.values_shape, **factory))
@@ -77,6 +82,11 @@ class SparseLayer(nn.Module):
         """The dense weight, zeros where inactive. Differentiable with respect to `values`."""
         return self.topology.to_dense(self.values)
 
+    @property
+    def _ticket(self) -> Tensor | None:
+        """What the backward names the growth scorer by."""
+        return None if self.growth is None else self.growth.ticket
+
     # conversion -----------------------------------------------------------------------------
 
     @classmethod
@@ -98,8 +108,11 @@ class SparseLayer(nn.Module):
             raise ValueError(
                 f"mask must have the weight's shape {tuple(weight.shape)}, got {tuple(mask.shape)}"
             )
-        topology = Topology.from_mask(mask, block_size, groups).to(weight.device)
-        if not torch.equal(topology.mask(), (mask != 0).to(weight.device)):
+        active = mask.detach() != 0
+        if not torch.equal(active.to(mask.dtype), mask.detach()):
+            raise ValueError("mask must be a bool tensor, or hold 0 and 1 only")
+        topology = Topology.from_mask(active, block_size, groups).to(weight.device)
+        if not torch.equal(topology.mask(), active.to(topology.device)):
             raise ValueError(
                 f"the mask is not made of whole blocks of {topology.block_size}; "
                 "use block_size=1 or a mask that is"
@@ -152,6 +165,7 @@ class SparseLayer(nn.Module):
         # tensors that share memory.
         for key in _INDEX_KEYS:
             destination[prefix + key] = getattr(self.topology, key).clone()
+        destination[prefix + "weight_shape"] = torch.tensor(self.topology.shape, device="cpu")
 
     def _load_from_state_dict(
         self,
@@ -163,53 +177,65 @@ class SparseLayer(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        found = {key: state_dict[prefix + key] for key in _INDEX_KEYS if prefix + key in state_dict}
-        present = [key for key in ("values", *_INDEX_KEYS) if prefix + key in state_dict]
-        problem = ""
-        if found and len(present) == 3:
+        found = {key: state_dict[prefix + key] for key in _KEYS if prefix + key in state_dict}
+        needed = ("values", *_INDEX_KEYS)
+        lacking = [key for key in needed if prefix + key not in state_dict]
+        if strict:
+            missing_keys.extend(prefix + key for key in _INDEX_KEYS if key not in found)
+        index, problem = None, ""
+        if not lacking:
             # All is checked before anything changes: indices and values belong together.
             try:
-                self.topology.check_arrays(found["row_ptr"], found["col_idx"])
+                self._check_state(state_dict, prefix)
+                index = self.topology.build(found["row_ptr"], found["col_idx"])
             except (ValueError, TypeError) as error:
                 problem = str(error)
-            values = state_dict[prefix + "values"]
-            if not problem and (not isinstance(values, Tensor) or values.shape != self.values.shape):
-                got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-                problem = f"values must have shape {tuple(self.values.shape)}, got {got}"
-            bias = state_dict.get(prefix + "bias", self.bias)
-            if (
-                not problem
-                and self.bias is not None
-                and not (isinstance(bias, Tensor) and bias.shape == self.bias.shape)
-            ):
-                got = tuple(bias.shape) if isinstance(bias, Tensor) else type(bias).__name__
-                problem = f"bias must have shape {tuple(self.bias.shape)}, got {got}"
-            if not problem:
-                self.topology.load_arrays_(found["row_ptr"], found["col_idx"])
-        elif present and len(present) < 3:
-            lacking = [key for key in ("values", *_INDEX_KEYS) if key not in present]
-            if strict:
-                missing_keys.extend(prefix + key for key in lacking)
-            problem = f"{', '.join(present)} without {', '.join(lacking)}: values and indices belong together"
-        elif strict:
-            missing_keys.extend(prefix + key for key in _INDEX_KEYS)
+        elif len(lacking) < len(needed):
+            present = ", ".join(key for key in needed if key not in lacking)
+            problem = f"{present} without {', '.join(lacking)}: values and indices belong together"
+            if strict and "values" in lacking:
+                missing_keys.append(prefix + "values")
         if problem:
             error_msgs.append(f"{prefix or type(self).__name__}: {problem}; the layer is unchanged")
             return
-        rest = {
-            k: v
-            for k, v in state_dict.items()
-            if k[len(prefix) :] not in _INDEX_KEYS or not k.startswith(prefix)
-        }
-        unexpected: list[str] = []
+        before = {name: (p, p.detach().clone()) for name, p in self._parameters.items() if p is not None}
+        count = len(error_msgs)
+        rest = {k: v for k, v in state_dict.items() if k not in {prefix + key for key in _KEYS}}
         super()._load_from_state_dict(
-            rest, prefix, local_metadata, strict, missing_keys, unexpected, error_msgs
+            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        unexpected_keys.extend(unexpected)
+        if len(error_msgs) == count:
+            if index is not None:
+                self.topology.index.copy_(index)
+            return
+        with torch.no_grad():  # a tensor could not be copied
+            for name, (parameter, old) in before.items():
+                self._parameters[name] = parameter
+                parameter.copy_(old)
+
+    def _check_state(self, state: dict[str, Any], prefix: str) -> None:
+        """Raise ValueError or TypeError if the shapes in a state are not those of this layer."""
+        shape = state.get(prefix + "weight_shape")
+        if shape is not None and (not isinstance(shape, Tensor) or shape.tolist() != [*self.topology.shape]):
+            got = shape.tolist() if isinstance(shape, Tensor) else shape
+            raise ValueError(
+                f"this is the state of a layer with a weight of shape {got}, not {[*self.topology.shape]}"
+            )
+        for name, parameter in self._parameters.items():
+            value = state.get(prefix + name, parameter)
+            if parameter is None:
+                continue
+            if not (isinstance(value, Tensor) and value.shape == parameter.shape):
+                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"{name} must have shape {tuple(parameter.shape)}, got {got}")
+            if value.layout != torch.strided:
+                raise TypeError(f"{name} must be a dense (strided) tensor, got {value.layout}")
 
     def _apply(self: _Self, fn: Any, recurse: bool = True) -> _Self:
         super()._apply(fn, recurse)
         self.topology = self.topology.to(self.values.device)
+        if self.values.is_shared():  # by share_memory(): values and indices belong together
+            self.topology.index.share_memory_()
         return self
 
     def __getstate__(self) -> dict[str, Any]:

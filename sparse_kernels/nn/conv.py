@@ -27,6 +27,8 @@ class SparseConv2d(SparseLayer):
             that `nn.Conv2d` refuses.
     """
 
+    transposed, output_padding = False, (0, 0)  # for code that reads them off an `nn.Conv2d`
+
     def __init__(
         self,
         in_channels: int,
@@ -74,18 +76,16 @@ class SparseConv2d(SparseLayer):
         if padding_mode not in _PADDING_MODES:
             raise ValueError(f"padding_mode must be one of {', '.join(_PADDING_MODES)}, got {padding_mode!r}")
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size, self.stride, self.dilation = _pair(kernel_size), _pair(stride), _pair(dilation)
-        for name in ("kernel_size", "stride", "dilation"):
-            if min(getattr(self, name)) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        self.kernel_size = _pair(kernel_size, "kernel_size", 1)
+        self.stride, self.dilation = _pair(stride, "stride", 1), _pair(dilation, "dilation", 1)
         if isinstance(padding, str):
             if padding not in ("same", "valid"):
                 raise ValueError(f'padding must be an int, a pair, "same" or "valid", got {padding!r}')
             if padding == "same" and max(self.stride) > 1:
                 raise ValueError(f'padding="same" needs stride 1, got {self.stride}')
-        self.padding: tuple[int, int] | str = padding if isinstance(padding, str) else _pair(padding)
-        if not isinstance(self.padding, str) and min(self.padding) < 0:
-            raise ValueError(f"padding must not be negative, got {padding}")
+        self.padding: tuple[int, int] | str = (
+            padding if isinstance(padding, str) else _pair(padding, "padding", 0)
+        )
         self.padding_mode = padding_mode
 
     @classmethod
@@ -149,7 +149,7 @@ class SparseConv2d(SparseLayer):
             padding,
             self.dilation,
             self.groups,
-            self.growth,
+            self._ticket,
         )
 
     def _pad_amounts(self) -> list[int]:

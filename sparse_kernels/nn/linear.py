@@ -98,7 +98,7 @@ class SparseLinear(SparseLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[*, in_features]` -> `[*, out_features]`."""
-        return _linear(x, self.values, self.topology, self.bias, self.growth)
+        return _linear(x, self.values, self.topology, self.bias, self._ticket)
 
     def extra_repr(self) -> str:
         """What `print(layer)` shows."""

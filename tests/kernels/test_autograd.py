@@ -7,6 +7,7 @@ import random
 import kernel_cases as kc
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 import sparse_kernels as sk
@@ -124,6 +125,42 @@ def test_an_update_between_forward_and_backward_is_noticed(kind):
         y.sum().backward()
 
 
+def test_only_what_a_gradient_reads_is_kept_and_guarded():
+    """As with nn.Linear: a frozen weight does not keep the input, a plain input not the weight."""
+    generator = torch.Generator().manual_seed(0)
+    layer = sk.SparseLinear(16, 24, density=0.3, generator=generator)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(torch.randn(3, 16, generator=generator))
+        assert {id(t) for t in kept} & {id(layer.values)} == set()
+        kept.clear()
+        layer.values.requires_grad_(False)
+        x = torch.randn(3, 16, generator=generator, requires_grad=True)
+        h = x * 1
+        y = layer(h)
+        assert all(t.data_ptr() != h.data_ptr() for t in kept)
+    h.add_(1)  # not read by the backward
+    y.sum().backward()
+    assert x.grad is not None
+    layer.values.requires_grad_(True)
+    y = layer(torch.randn(3, 16, generator=generator))
+    with torch.no_grad():
+        layer.values.mul_(0.9)
+    y.sum().backward()
+    assert layer.values.grad is not None
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, on the first use of forward mode
+def test_forward_mode_is_refused_by_name(frozen):
+    """Without a word the tangent would be lost."""
+    layer = sk.SparseLinear(16, 24, density=0.3).requires_grad_(not frozen)
+    with forward_ad.dual_level(), torch.set_grad_enabled(not frozen):
+        x = forward_ad.make_dual(torch.randn(3, 16), torch.ones(3, 16))
+        with pytest.raises(NotImplementedError, match="forward mode"):
+            layer(x)
+
+
 # the operators themselves: autograd stands outside, so samples carry no requires_grad -----------
 
 
@@ -142,8 +179,12 @@ def operator_samples(kind):
         forward = (x, values, bias, *grid, *conf)
         run = _ops.linear_forward if kind == "linear" else _ops.conv2d_forward
         dy = torch.randn_like(run(*forward))
-        need = (seed % 4 != 1, seed % 5 != 2, seed % 3 != 2)
-        yield forward, (dy, x, values, *grid, *conf, *need)
+        need_x, need_values, need_bias = (seed % 4 != 1, seed % 5 != 2, seed % 3 != 2)
+        if kind == "linear":
+            operands = (x if need_values else None, values if need_x else None)
+            yield forward, (dy, *operands, *grid, [*values.shape], need_bias)
+        else:
+            yield forward, (dy, x, values, *grid, *conf, need_x, need_values, need_bias)
 
 
 UTILITIES = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -159,6 +200,14 @@ def test_operators_are_registered_correctly(kind):
     for sample in operator_samples(kind):
         for operator, args in zip((forward, backward), sample, strict=True):
             torch.library.opcheck(operator, args, test_utils=UTILITIES)
+
+
+@pytest.mark.parametrize("kind", list(kc.KINDS))
+def test_exported_operators_carry_their_derivatives(kind):
+    operator = _ops.linear if kind == "linear" else _ops.conv2d
+    for (x, values, *rest), _ in operator_samples(kind):
+        args = (x.requires_grad_(), values.requires_grad_(), *rest)
+        torch.library.opcheck(operator, args, test_utils=UTILITIES)
 
 
 def test_topology_operators_declare_what_they_write():

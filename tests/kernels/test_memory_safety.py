@@ -27,13 +27,13 @@ def small(kind, count, first, dtype=torch.float32):
 def operators(case, x, values, bias, dy, index):
     """The raw operators on exactly these buffers: y, dx, dvalues, dbias."""
     topology = case.topology
-    grid, conf = (index, topology.rows, topology.cols), ()
-    forward, backward = _ops.linear_forward, _ops.linear_backward
-    if case.conf is not None:
-        forward, backward = _ops.conv2d_forward, _ops.conv2d_backward
-        conf = ([*topology.shape[2:]], *([*pair] for pair in case.conf), topology.groups)
-    y = forward(x, values, bias, *grid, *conf)
-    return y, *backward(dy, x, values, *grid, *conf, True, True, True)
+    grid = (index, topology.rows, topology.cols)
+    if case.conf is None:
+        y = _ops.linear_forward(x, values, bias, *grid)
+        return y, *_ops.linear_backward(dy, x, values, *grid, [*values.shape], True)
+    conf = ([*topology.shape[2:]], *([*pair] for pair in case.conf), topology.groups)
+    y = _ops.conv2d_forward(x, values, bias, *grid, *conf)
+    return y, *_ops.conv2d_backward(dy, x, values, *grid, *conf, True, True, True)
 
 
 @pytest.mark.parametrize("kind", list(kc.KINDS))

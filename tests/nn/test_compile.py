@@ -97,6 +97,25 @@ def test_export_with_a_dynamic_batch(training, dynamo):
     assert any("sparse_kernels" in name for name in names), "the sparse products are not in the graph"
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_exported_program_can_be_trained(strict, dynamo):
+    """Every parameter gets its gradient, those before a sparse layer too."""
+    model, x = net(), torch.randn(4, 3, 8, 8)
+    module = torch.export.export(model, (x,), strict=strict).module()
+    wanted, got = gradients(model, model, x), gradients(module, module, x)
+    assert len(got) == len(wanted) > 2
+    assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("backend", ["dense", "reference"])
+def test_other_backends_compile_too(backend, dynamo):
+    model, x = net(), torch.randn(2, 3, 8, 8)
+    with sk.use_backend(backend):
+        wanted = gradients(model, model, x)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert_close(gradients(compiled, model, x), wanted)
+
+
 def test_functional_transforms_are_refused_and_never_silently_zero(dynamo):
     topology = sk.Topology.random((6, 8), 0.5, generator=torch.Generator().manual_seed(0))
     x, values = torch.randn(3, 8), torch.randn(topology.nnz)

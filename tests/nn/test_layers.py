@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+
+import numpy as np
 import pytest
 import torch
 
 import sparse_kernels as sk
-from sparse_kernels import testing
+from sparse_kernels import backend, testing
 
 
 def seeded(seed=0):
@@ -48,8 +51,8 @@ def test_conv_has_the_attributes_of_nn_conv2d(options):
         sk.SparseConv2d(4, 6, (3, 1), density=0.5, **options),
         torch.nn.Conv2d(4, 6, (3, 1), **options),
     )
-    names = "in_channels out_channels kernel_size stride padding dilation groups padding_mode training"
-    for name in names.split():
+    names = "in_channels out_channels kernel_size stride padding dilation groups padding_mode training "
+    for name in (names + "transposed output_padding").split():
         assert getattr(layer, name) == getattr(dense, name), name
     assert (layer.bias is None) == (dense.bias is None)
     assert layer.mask().shape == dense.weight.shape
@@ -150,6 +153,8 @@ def test_from_dense_says_what_it_needs():
     ragged[0, 0] = False
     with pytest.raises(ValueError, match="not made of whole blocks"):
         sk.SparseLinear.from_dense(dense, mask=ragged, block_size=2)
+    with pytest.raises(ValueError, match="bool tensor, or hold 0 and 1"):
+        sk.SparseLinear.from_dense(dense, mask=torch.full((4, 8), 0.5))
     with pytest.raises(TypeError, match="expected an nn.Linear, got Conv2d"):
         sk.SparseLinear.from_dense(torch.nn.Conv2d(4, 4, 1), density=0.5)
     with pytest.raises(TypeError, match="expected an nn.Conv2d, got Linear"):
@@ -183,6 +188,11 @@ def test_values_keep_their_identity_through_training_and_updates(kind):
         ((10, 12), {"density": float("nan")}, "density"),
         ((10, 12), {"density": 0.5, "block_size": 4}, "the in dimension 10; sizes that fit: 1, 2"),
         ((12, 10), {"density": 0.5, "block_size": (4, 4)}, "the out dimension 10; sizes that fit: 1, 2"),
+        ((9, 9), {"density": 0.5, "block_size": 2}, "sizes that fit: 1, 3, 9$"),
+        ((9, 4), {"density": 0.5, "block_size": 2}, "sizes that fit: 1$"),  # both ways
+        ((9, 4), {"density": 0.5, "block_size": (4, 2)}, "the in dimension 9; sizes that fit: 1, 3, 9$"),
+        ((10**6, 10**6), {"density": 0.01}, "10000000000 active positions exceed the int32 index range"),
+        ((10, 12), {"density": 0.5, "dtype": torch.complex64}, "float32, float64.*complex64"),
         ((10, 12), {"density": 0.5, "block_size": 0}, "block_size"),
         ((10, 12), {"density": 0.5, "block_size": -2}, "block_size"),
         ((10, 12), {"density": 0.5, "block_size": 2.0}, "block_size"),
@@ -206,13 +216,16 @@ def test_bad_linear_arguments_are_named(arguments, options, message):
         ((8, 8, 3), {"block_size": 8, "groups": 2}, "per group; sizes that fit: 1, 2, 4"),
         ((4, 6, 3), {"density": 2}, "density"),
         ((4, 6, 0), {}, "kernel_size"),
+        ((4, 6, 3.0), {}, "kernel_size must be an int or a pair of them, got 3.0"),
+        ((4, 6, (3, 3, 3)), {}, r"kernel_size must be an int or a pair of them, got \(3, 3, 3\)"),
+        ((4, 6, 3), {"stride": (1.5, 1.5)}, "stride must be an int or a pair"),
         ((4, 6, 3), {"stride": 0}, "stride"),
         ((4, 6, 3), {"dilation": 0}, "dilation"),
         ((4, 6, 3), {"padding": -1}, "padding"),
     ],
 )  # fmt: skip
 def test_bad_conv_arguments_are_named(arguments, options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         sk.SparseConv2d(*arguments, **{"density": 0.5, **options})
 
 
@@ -226,6 +239,7 @@ def test_bad_conv_arguments_are_named(arguments, options, message):
         ("linear", torch.zeros(5, 24, dtype=torch.float64), TypeError, "float64.*float32"),
         ("linear", torch.zeros(5, 24, device="meta"), ValueError, "meta.*cpu"),
         ("linear", [1.0] * 24, TypeError, "list"),
+        ("linear", torch.zeros(5, 24).to_sparse(), TypeError, "strided.*sparse_coo"),
         ("conv", torch.zeros(2, 7, 6, 6), ValueError, r"\[n, 8, h, w\].*got \[2, 7, 6, 6\]"),
         ("conv", torch.zeros(8, 6), ValueError, r"got \[8, 6\]"),
         ("conv", torch.zeros(1, 2, 8, 6, 6), ValueError, "got"),
@@ -261,6 +275,19 @@ def test_functional_checks_its_parts():
         conv2d(torch.zeros(1, 8, 5, 5), filters, image, stride=0, groups=2)
     with pytest.raises(ValueError, match="padding"):
         conv2d(torch.zeros(1, 8, 5, 5), filters, image, padding=-1, groups=2)
+    with pytest.raises(ValueError, match='padding="same" needs stride 1'):
+        conv2d(torch.zeros(1, 8, 5, 5), filters, image, stride=2, padding="same", groups=2)
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),  # which leaves float64 alone
+        pytest.raises(TypeError, match="values must have the dtype of x, torch.float64, got torch.float32"),
+    ):
+        linear(x.double(), values, topology)
+
+
+def test_numbers_of_numpy_are_numbers():
+    layer = sk.SparseLinear(12, 8, density=np.float32(0.5), block_size=np.int64(2))
+    assert (layer.nnz, layer.block_size) == (48, 2)
+    assert sk.SparseConv2d(4, 8, np.int64(3), density=0.5).kernel_size == (3, 3)
 
 
 def test_backends_are_checked_and_restored():
@@ -279,6 +306,31 @@ def test_backends_are_checked_and_restored():
             results.append(layer(x))
     for result in results[1:]:
         torch.testing.assert_close(result, results[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_code_is_not_left_with_another_threads_backend(kind):
+    """One thread leaves its `with` while another is inside its own: then all is as it was."""
+    entered, inside, left = (threading.Event() for _ in range(3))
+
+    def outer():
+        with sk.use_backend("reference"):
+            entered.set()
+            inside.wait()
+        left.set()
+
+    def inner():
+        entered.wait()
+        with sk.use_backend("dense"):
+            inside.set()
+            left.wait()
+
+    threads = [threading.Thread(target=target) for target in (outer, inner)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (backend._requested.get(), backend._latest) == ("auto", "auto")
 
 
 # casts ----------------------------------------------------------------------------------------
@@ -320,6 +372,34 @@ def test_autocast_follows_the_dense_layer(kind, dtype):
     with torch.autocast("cpu", dtype=dtype):
         half = layer(x.detach().to(dtype))
     assert half.dtype == dtype
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_dense_backend_trains_under_autocast(kind):
+    layer = make(kind)
+    results = []
+    for name in ("cpu", "dense"):
+        layer.zero_grad()
+        x = sample(kind).requires_grad_()
+        with sk.use_backend(name), torch.autocast("cpu", dtype=torch.bfloat16):
+            y = layer(x)
+            y.float().square().sum().backward()
+        assert y.dtype == torch.bfloat16
+        results.append((y.detach(), x.grad, layer.values.grad, layer.bias.grad))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("size", [(2, 1, 6, 5), (2, 4, 1, 1), (1, 4, 6, 5), (1, 1, 1, 1), (2, 4, 6, 5)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_output_has_the_memory_format_of_a_dense_layers(size, layout):
+    """Also where the input fits both, for having one channel or one pixel."""
+    x = torch.randn(size).to(memory_format=layout)
+    layer = sk.SparseConv2d(size[1], 8, 3, padding=1, density=0.5)
+    y, wanted = layer(x), layer.to_dense()(x)
+    assert y.stride() == wanted.stride()
+    testing.assert_normwise(y, wanted.detach())
+    y.sum().backward()
 
 
 @pytest.mark.parametrize("kind", KINDS)

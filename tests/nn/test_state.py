@@ -72,7 +72,7 @@ def test_a_state_dict_restores_another_topology(kind, block_size):
 def test_a_state_dict_is_plain_independent_tensors(kind, block_size):
     layer = make(kind, 0, block_size)
     state = layer.state_dict()
-    assert set(state) == {"values", "bias", "row_ptr", "col_idx"}
+    assert set(state) == {"values", "bias", "row_ptr", "col_idx", "weight_shape"}
     for tensor in state.values():
         assert tensor.layout == torch.strided
         assert tensor.is_contiguous()
@@ -153,9 +153,9 @@ def snapshot(layer):
     [
         (make("linear", density=0.5), "shape"),
         (make("linear", block_size=4), "shape|values"),
-        (sk.SparseLinear(24, 20, density=0.2), "row_ptr"),
-        (sk.SparseLinear(96, 16, density=0.0625), "col_idx holds"),
-        (make("conv"), "row_ptr|col_idx"),
+        (sk.SparseLinear(24, 20, density=0.2), r"weight of shape \[20, 24\], not \[16, 24\]"),
+        (sk.SparseLinear(96, 16, density=0.0625), "weight of shape"),
+        (make("conv"), "weight of shape"),
     ],
     ids=["density", "block size", "rows", "columns", "kind"],
 )
@@ -231,3 +231,38 @@ def test_loading_across_dtypes_casts():
     assert other.values.dtype == torch.float64
     assert torch.equal(other.values, layer.values.double())
     assert torch.equal(other.mask(), layer.mask())
+
+
+@pytest.mark.parametrize(
+    ("broken", "assign"), [("meta", False), ("sparse", False), ("sparse", True), ("integers", True)]
+)
+def test_a_tensor_that_cannot_be_copied_leaves_the_layer_whole(broken, assign):
+    """New indices must not meet old values: a state is taken wholly or not at all."""
+    layer = make("linear", 0)
+    before, values = snapshot(layer), layer.values
+    state = make("linear", 1).state_dict()
+    change = {"meta": lambda t: t.to("meta"), "sparse": torch.Tensor.to_sparse, "integers": torch.Tensor.int}
+    state["values"] = change[broken](state["values"])
+    with pytest.raises(RuntimeError, match="values"):
+        layer.load_state_dict(state, assign=assign)
+    assert layer.values is values
+    assert equal(layer, before)
+    layer.topology.validate()
+
+
+def test_a_state_of_another_architecture_is_named():
+    """The same counts and index range, another kernel: a dense convolution raises, too."""
+    wide, tall = sk.SparseConv2d(8, 16, (1, 3), density=0.25), sk.SparseConv2d(8, 16, (3, 1), density=0.25)
+    with pytest.raises(RuntimeError, match=r"weight of shape \[16, 8, 1, 3\], not \[16, 8, 3, 1\]"):
+        tall.load_state_dict(wide.state_dict())
+    unlabelled = {k: v for k, v in tall.state_dict().items() if k != "weight_shape"}
+    tall.load_state_dict(unlabelled)  # the label tells a mix-up; it is not needed
+
+
+def test_sharing_memory_shares_the_indices_with_the_values():
+    model = torch.nn.Sequential(make("linear"))
+    model.share_memory()
+    layer = model[0]
+    assert layer.values.is_shared()
+    assert all(getattr(layer.topology, name).is_shared() for name in ("index", "row_ptr", "col_idx"))
+    layer.topology.validate()

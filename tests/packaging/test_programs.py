@@ -71,6 +71,10 @@ def test_a_wrong_command_line_is_refused(arguments: list[str], capsys: pytest.Ca
     [
         ("--sparsity", "1.5", "sparsity"),
         ("--epochs", "0", "epochs must be at least 1, got 0"),
+        ("--sparsity", "0", "sparsity must be between 0 and 1"),
+        ("--seed", "99999999999999999999", "seed must be between 0 and"),
+        ("--lr", "nan", "lr must be a positive number, got nan"),
+        ("--out", "/proc/nope", "out: no report can be written to /proc/nope"),
         ("--batch-size", "4000", "1347"),
         ("--threads", "-1", "threads"),
     ],

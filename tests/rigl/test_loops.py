@@ -145,6 +145,7 @@ def test_state_of_another_shape_is_refused_before_anything_changes() -> None:
     backward(model, 0)
     optimizer.step()
     before = everything(model, optimizer)
+    optimizer.zero_grad()
     backward(model, 1)
     with pytest.raises(RuntimeError, match=r"Oddity keeps state 'sketch' of shape \(7,\) .* layer '0'"):
         optimizer.step()
@@ -204,6 +205,33 @@ def test_accumulation_scores_the_summed_gradient() -> None:
         assert updater.updates == 4
         found.append(masks(model))
     assert all(map(torch.equal, *found))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, in its compiler
+def test_compiled_in_one_graph_topology_batches_included() -> None:
+    """Drill D44: one graph for ordinary steps, one for those that are scored, and the weights of eager."""
+    torch._dynamo.reset()
+    found, graphs = [], []
+
+    def counting(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    for compiled in (False, True):
+        model = tiny().double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        updater = rigl.RigL(model, optimizer, t_end=200, delta_t=2)
+        function = torch.compile(model, fullgraph=True, backend=counting) if compiled else model
+        for seed in range(16):
+            x, y = batch(seed)
+            optimizer.zero_grad()
+            F.cross_entropy(function(x.double()), y).backward()
+            optimizer.step()
+        assert updater.updates == 6
+        found.append([p.detach() for p in model.parameters()] + masks(model))
+    assert len(graphs) == 2
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 def test_one_pass_is_scored_at_once_several_are_kept() -> None:

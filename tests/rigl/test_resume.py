@@ -59,7 +59,14 @@ def test_bad_states_change_nothing() -> None:
         ([], "expected the state of a RigL"),
         ({**good, "method": "SET"}, "the state of a SET, not of a RigL"),
         ({**good, "step_count": "3"}, "step_count must be an int, got '3'"),
-        ({**good, "passes": {"other": [1, False]}}, "other sparse layers; not in both: 0, 2, other"),
+        ({**good, "step_count": -5}, "step_count must not be negative, got -5"),
+        ({**good, "last_update": 10**9}, "last_update must not be after step_count"),
+        ({**good, "passes": None}, "not in both: None"),
+        (
+            {**good, "passes": {"0": "x", "2": 1}},
+            "passes of layer '0' must be a positive int or None, got 'x'",
+        ),
+        ({**good, "passes": {"other": 1}}, "other sparse layers; not in both: 0, 2, other"),
     ):
         with pytest.raises(ValueError, match=message):
             updater.load_state_dict(bad)  # type: ignore[arg-type]

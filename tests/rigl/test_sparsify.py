@@ -115,6 +115,38 @@ def test_tied_weights_stay_dense_with_a_warning() -> None:
     assert isinstance(model["body"], SparseLinear)
 
 
+def test_what_the_warning_about_tied_weights_says_can_be_done() -> None:
+    model = nn.ModuleDict({"embed": nn.Embedding(9, 32), "body": nn.Linear(32, 32), "head": nn.Linear(32, 9)})
+    model["head"].weight = model["embed"].weight
+    rigl.sparsify(model, sparsity=0.8, dense="head")  # warnings are errors here
+    assert isinstance(model["body"], SparseLinear)
+
+
+def test_modules_go_by_all_their_names() -> None:
+    """A shared layer by its second one, a module that holds no replaceable layer by its own."""
+    layer = nn.Linear(32, 32)
+    model = nn.Sequential(layer, nn.ReLU(), layer, nn.Linear(32, 32))
+    rigl.sparsify(model, sparsity=0.8, dense=["2", "1"])
+    assert [r.format for r in rigl.summary(model)] == ["dense", "CSR"]
+    model = nn.Sequential(layer, nn.ReLU(), layer, nn.Linear(32, 32))
+    assert rigl.layer_sparsities(model, sparsity=0.8, custom={"2": 0.5})["0"] == 0.5
+    with pytest.warns(UserWarning, match=r"dense='fc\*' fits no module"):
+        rigl.sparsify(model, sparsity=0.8, dense="fc*")
+
+
+def test_hooks_stay_with_their_layer() -> None:
+    model, calls = mlp(16, 32, 8), []
+    handle = model[0].register_forward_hook(lambda module, args, y: calls.append(type(module).__name__))
+    model[0].register_full_backward_hook(lambda module, gx, gy: calls.append("backward"))
+    rigl.sparsify(model, sparsity=0.5, distribution="uniform", dense_first=False)
+    model(torch.randn(2, 16, requires_grad=True)).sum().backward()
+    assert calls == ["SparseLinear", "backward"]
+    rigl.densify(model)
+    handle.remove()
+    model(torch.randn(2, 16, requires_grad=True)).sum().backward()
+    assert calls == ["SparseLinear", "backward", "backward"]
+
+
 def test_transformer_layers_work_in_training_and_inference() -> None:
     layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.0)
     with warnings.catch_warnings():
@@ -128,6 +160,10 @@ def test_transformer_layers_work_in_training_and_inference() -> None:
     with torch.inference_mode():
         served = model.eval()(x)
     torch.testing.assert_close(served, trained.detach())
+    padded = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    with torch.inference_mode():
+        short = model(x, src_key_padding_mask=padded)
+    torch.testing.assert_close(short[0], served[0])
 
 
 def test_computed_weights_stay() -> None:
