@@ -15,7 +15,7 @@ from torch import nn
 
 from sparse_kernels import SparseConv2d, SparseLinear
 from sparse_kernels.nn import SparseLayer
-from sparse_kernels.topology import normalize_block_size
+from sparse_kernels.positions import normalize_block_size
 
 from .distributions import check_sparsity, distribute, zero_count
 

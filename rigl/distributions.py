@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from math import prod
 
-from sparse_kernels.topology import active_count
+from sparse_kernels.positions import active_count
 
 DISTRIBUTIONS = ("uniform", "er", "erk")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_kernels.topology import _draw_positions
+from sparse_kernels.positions import draw_positions
 
 
 def magnitudes(values: Tensor, block_score: str = "l1") -> Tensor:
@@ -69,7 +69,7 @@ def random_outside(kept: Tensor, total: int, k: int, generator: torch.Generator)
         k: at most `total - n`.
         generator: a CPU generator.
     """
-    ranks = _draw_positions(total - kept.numel(), k, generator).to(kept.device)
+    ranks = draw_positions(total - kept.numel(), k, generator).to(kept.device)
     free_before = kept - torch.arange(kept.numel(), device=kept.device)
     return ranks + torch.searchsorted(free_before, ranks, right=True)
 

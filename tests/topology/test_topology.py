@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sparse_kernels import Topology, testing
-from sparse_kernels.topology import active_count, normalize_block_size
+from sparse_kernels.positions import active_count, normalize_block_size
 
 
 def random_topologies(count):
