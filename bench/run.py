@@ -203,7 +203,7 @@ def main(config: Config) -> int:
                 f"{row.gflops:.0f}",
                 f"{row.spread:.0%}",
             )
-    Console(width=max(110, Console().width)).print(table)
+    Console(width=max(124, Console().width)).print(table)
     print(f"written to {write(config, rows)}")
     return 0
 

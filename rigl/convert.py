@@ -302,8 +302,10 @@ def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> n
             # Its fused inference path reads linear1.weight; this setting is how torch turns it off.
             parent.activation_relu_or_gelu = 0
     for module in model.modules():
-        # The encoder reads the weights of its first layer, for a path that this layer does not take.
-        if isinstance(module, nn.TransformerEncoder) and module.layers[0].activation_relu_or_gelu == 0:
+        # An encoder reads the weights of its first layer itself, for a path that a sparse one does not take.
+        if isinstance(module, nn.TransformerEncoder) and any(
+            isinstance(m, SparseLayer) for m in module.modules()
+        ):
             module.use_nested_tensor = False
     return replacements.get(model, model)
 

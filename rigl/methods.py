@@ -59,7 +59,7 @@ class RigL(TopologyUpdater):
                 "say how many with grad_accumulation="
             )
         if not bool(grad.isfinite().all()):
-            raise _NotFinite(f"the gradient of layer {tracker.name!r} is not finite")
+            raise _NotFinite(f"the gradient of {name} is not finite")
         return True
 
     def _grow(self, tracker: Tracker, drop: Tensor, dropped: Tensor, step: int) -> Tensor:

@@ -82,7 +82,8 @@ class TopologyUpdater:
             block_score: how |w| and |g| of a block are summed up: `"l1"` or `"l2"`.
             grad_accumulation: backward passes in one optimizer step. None: found out by itself; then
                 the first update, when nothing is known yet, keeps inputs and output gradients of the
-                sparse layers until `optimizer.step()`, which `grad_accumulation=1` avoids.
+                sparse layers (or their dense gradients, where those are smaller) until
+                `optimizer.step()`, which `grad_accumulation=1` avoids.
 
         Raises:
             ValueError: settings out of range; no sparse layer; a sparse layer that the optimizer

@@ -2,7 +2,7 @@
 gradient) touch active weights only.
 
 The way through: a public function here checks its arguments and casts under autocast, `backend.select`
-chooses the implementation, an `autograd.Function` calls the operator (`_ops`), whose kernel gets raw
+chooses the implementation, a Function in `_autograd` calls the operator (`_ops`), whose kernel gets raw
 pointers. The Function stands outside the operator, and is skipped when nothing needs a gradient.
 """
 

@@ -273,19 +273,9 @@ ConvShape shape_of(const Tensor& x, const Tensor& values, const Tensor& index, i
   STD_TORCH_CHECK(groups > 0 && rows % groups == 0 && cols % (kernel[0] * kernel[1]) == 0,
                   "rows, cols, kernel and groups do not fit");
   const int64_t in = cols / (kernel[0] * kernel[1]) * b_in * groups;
-  const ConvShape shape{x.size(0),
-                        in,
-                        rows * b_out,
-                        rows,
-                        cols,
-                        b_out,
-                        b_in,
-                        values.size(0),
-                        groups,
-                        axis(0),
-                        axis(1),
-                        csr,
-                        is_channels_last(x, "x")};
+  const bool last = is_channels_last(x, "x");
+  const ConvShape shape{x.size(0),      in,     rows * b_out, rows,    cols, b_out, b_in,
+                        values.size(0), groups, axis(0),      axis(1), csr,  last};
   check_size(x, 1, in, "x");
   check_size(index, 0, shape.index().size(), "index");
   return shape;

@@ -166,6 +166,21 @@ def test_transformer_layers_work_in_training_and_inference() -> None:
     torch.testing.assert_close(short[0], served[0])
 
 
+def test_an_encoder_of_layers_of_ones_own() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.self_attn = nn.MultiheadAttention(32, 4, batch_first=True)
+            self.linear = nn.Linear(32, 32)
+
+        def forward(self, x: torch.Tensor, **_: object) -> torch.Tensor:
+            return x + self.linear(x)
+
+    model = nn.TransformerEncoder(Block(), 2, enable_nested_tensor=False)  # type: ignore[arg-type]
+    rigl.sparsify(model, sparsity=0.5)
+    assert model.eval()(torch.randn(2, 5, 32)).shape == (2, 5, 32)
+
+
 def test_computed_weights_stay() -> None:
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(16, 16)), nn.Linear(16, 16))
     rigl.sparsify(model, sparsity=0.5)
