@@ -4,11 +4,14 @@
 #   PYTHON    the interpreter that creates it, 3.10 or newer    (default python3)
 #   PIP_ARGS  more arguments for every pip install, e.g. an index of CPU builds of torch:
 #             make quickstart PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+#   ONLY      the one part of `make gpu` to run: test, bench, tune or profile    (default all but tune and profile)
 
 VENV     ?= .venv
 PYTHON   ?= python3
 PIP_ARGS ?=
 
+# Before PATH has the environment's own: an interpreter that may have a torch with CUDA, installed by others.
+OUTSIDE := $(shell command -v $(PYTHON))
 BIN     := $(abspath $(VENV))/bin
 PIP     := $(BIN)/python -m pip --disable-pip-version-check install -qq $(PIP_ARGS)
 export PATH := $(BIN):$(PATH)  # ninja is looked for there
@@ -39,12 +42,14 @@ test: $(TEST) $(BUILD)  ## environment, build, and the whole test-suite
 bench: $(TRAIN) $(BUILD)  ## time the operators against the dense library
 	@$(BIN)/python -m bench.run
 
-gpu: export SPARSE_KERNELS_CUDA = 1
-gpu: $(PACKAGE)  ## compile the CUDA module; there are no GPU kernels to check yet
-	@echo "== building with SPARSE_KERNELS_CUDA=1"
-	@$(COMPILE)
-	@$(BIN)/python -m sparse_kernels.info
-	@echo "The CUDA module compiles. It holds no kernels yet, so nothing was run on a GPU."
+# With the first interpreter whose torch sees a GPU, else the first that has torch; needs no environment then.
+gpu:  ## on a GPU: build, tests, compute-sanitizer, benchmark (or ONLY=test, bench, tune, profile)
+	@python=; for seen in 'torch.cuda.is_available()' 'True'; do \
+	  for p in $(BIN)/python $(OUTSIDE); do \
+	    test -n "$$python" || ! $$p -c "import sys, torch; sys.exit(not $$seen)" 2> /dev/null || python=$$p; \
+	  done; done; \
+	test -n "$$python" || { $(MAKE) --no-print-directory $(PACKAGE) && python=$(BIN)/python; } || exit; \
+	echo "== $$python"; $$python -m bench.gpu_suite $(ONLY)
 
 lint: $(TEST)  ## ruff, clang-format and mypy
 	@$(BIN)/ruff check .
@@ -83,6 +88,8 @@ $(TRAIN): $(PACKAGE)
 	@touch $@
 
 $(TEST): $(PACKAGE)
-	@echo "== tools: pytest, hypothesis, ruff, mypy, clang-format"
+	@echo "== tools: pytest, hypothesis, ruff, mypy, clang-format, and Triton unless torch brought one"
 	@$(PIP) 'sparse-kernels[train,test,dev]'
+	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) 'triton==3.6.0' \
+	  || echo "no Triton for this platform: the tests of GPU kernels are skipped"
 	@touch $@ $(TRAIN)

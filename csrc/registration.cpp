@@ -21,8 +21,20 @@ STABLE_TORCH_LIBRARY(sparse_kernels, m) {
   m.def("conv2d_forward(Tensor x, Tensor values, Tensor? bias, Tensor index, int rows, int cols, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups) -> Tensor");
   m.def("conv2d_backward(Tensor dy, Tensor x, Tensor values, Tensor index, int rows, int cols, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups, bool need_x, bool need_values, bool need_bias) -> (Tensor, Tensor, Tensor)");
 
+  // The same through the dense library, on a scratch for the weight (sparse_kernels/dense.py).
+  m.def("dense_linear_forward(Tensor x, Tensor values, Tensor? bias, Tensor index, int rows, int cols) -> Tensor");
+  m.def("dense_linear_backward(Tensor dy, Tensor? x, Tensor? values, Tensor index, int rows, int cols, int[] values_size, bool need_bias) -> (Tensor, Tensor, Tensor)");
+  m.def("dense_conv2d_forward(Tensor x, Tensor values, Tensor? bias, Tensor index, int rows, int cols, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups) -> Tensor");
+  m.def("dense_conv2d_backward(Tensor dy, Tensor x, Tensor values, Tensor index, int rows, int cols, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups, bool need_x, bool need_values, bool need_bias) -> (Tensor, Tensor, Tensor)");
+
+  // The same by Triton kernels (sparse_kernels/triton/operators.py); on CUDA tensors also what `linear*` does.
+  m.def("triton_linear_forward(Tensor x, Tensor values, Tensor? bias, Tensor index, int rows, int cols) -> Tensor");
+  m.def("triton_linear_backward(Tensor dy, Tensor? x, Tensor? values, Tensor index, int rows, int cols, int[] values_size, bool need_bias) -> (Tensor, Tensor, Tensor)");
+
   // Growth: two factors of the weight gradient, for the scorer that the ticket names (sparse_kernels/growth.py).
   m.def("observe(Tensor(a!) ticket, Tensor x, Tensor dy, int[] conf, bool exact) -> ()");
+  // Norms ("l1", "l2") of the blocks of the dense weight gradient dY^T X, [out / b_out, in / b_in] float32.
+  m.def("growth_norms(Tensor x, Tensor dy, int b_out, int b_in, str score) -> Tensor");
   // One stripe of the score matrix against the candidates found so far (growth.cpp).
   m.def("growth_scan(Tensor scores, int row_begin, Tensor index, int n, int rows, int cols, int groups, int plans, Tensor(a!) active, Tensor(b!) best_scores, Tensor(c!) best_positions, int k, int found) -> int");
 

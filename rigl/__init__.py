@@ -3,12 +3,14 @@
 import logging as _logging
 
 from .convert import densify, layer_sparsities, sparsify, summary
+from .graphs import GraphedStep
 from .methods import SET, RigL, Static
-from .updater import NonFiniteWarning, SkippedUpdateWarning
+from .outcomes import NonFiniteWarning, SkippedUpdateWarning
 
 _logging.getLogger("rigl").addHandler(_logging.NullHandler())
 
 __all__ = [
+    "GraphedStep",
     "NonFiniteWarning",
     "RigL",
     "SET",

@@ -7,9 +7,12 @@ import hashlib
 import torch
 from torch import Tensor
 
+from sparse_kernels.growth import Growth
+
+from .outcomes import NotFinite, NotReady, not_finite
 from .selection import largest, random_outside
 from .tracking import Tracker
-from .updater import TopologyUpdater, _NotFinite, _NotReady
+from .updater import TopologyUpdater
 
 
 class RigL(TopologyUpdater):
@@ -31,42 +34,49 @@ class RigL(TopologyUpdater):
         step, and the batch is spent all the same; the next attempt comes `delta_t` steps later. A layer
         without a gradient on a topology batch stays as it is. Gradient accumulation is seen without being
         told: the scores are those of the sum of all backward passes since the gradients were zeroed.
+
+        Layers on a GPU are updated there, and the host does not wait. Whether the numbers were finite it
+        learns, and warns of, when it next asks: at the next topology batch, or in `metrics()`, `updates`,
+        `failed_updates` or `state_dict()`.
     """
 
     takes_batch = True
+    on_device = True
 
     def _check_ready(self, tracker: Tracker) -> bool:
         grad, probe = tracker.layer.values.grad, tracker.probe
         if grad is None:
             return False
         if probe is None:  # not armed, because of a state just loaded or an error in the last step
-            raise _NotReady
+            raise NotReady
         name = f"layer {tracker.name!r}"
         if probe.observed == 0:
             if not bool(grad.any()):  # zeroed, and not used since
                 return False
-            raise _NotReady(f"{name} has a gradient, but no backward pass of it was seen")
+            raise NotReady(f"{name} has a gradient, but no backward pass of it was seen")
         if probe.unseen:
-            raise _NotReady(
+            raise NotReady(
                 f"the gradient of {name} holds a backward pass that was not seen (left from an earlier "
                 "step, or of a run resumed within an accumulation)"
             )
         if probe.refusal:
-            raise _NotReady(f"the gradient of {name} cannot be scored: {probe.refusal}")
+            raise NotReady(f"the gradient of {name} cannot be scored: {probe.refusal}")
         if not probe.defer and probe.observed > 1:
-            raise _NotReady(
+            raise NotReady(
                 f"{name} was reached by {probe.observed} backward passes where one was expected; "
                 "say how many with grad_accumulation="
             )
-        if not bool(grad.isfinite().all()):
-            raise _NotFinite(f"the gradient of {name} is not finite")
+        if not tracker.on_device and not bool(grad.isfinite().all()):
+            raise NotFinite(not_finite("gradient", tracker.name))
         return True
 
     def _grow(self, tracker: Tracker, drop: Tensor, dropped: Tensor, step: int) -> Tensor:
         assert tracker.probe is not None  # _check_ready saw it
         growth = tracker.probe.result()
+        if not isinstance(growth, Growth):
+            raise NotReady(f"layer {tracker.name!r} was moved to the CPU after it was scored")
         if not growth.finite:
-            raise _NotFinite(f"a growth score (gradient) of layer {tracker.name!r} is not finite")
+            raise NotFinite(not_finite("score", tracker.name))
         tracker.disarm()
         scores = torch.cat([growth.active[drop], growth.scores])
         return largest(scores, torch.cat([dropped, growth.positions]), drop.numel())
@@ -77,6 +87,7 @@ class SET(TopologyUpdater):
 
     The update follows the optimizer step of the same iteration, numbered by the steps taken; no batch is
     spent. What grows depends on `seed`, the layer's name and the step only: every process chooses the same.
+    The choice is made on the host, so an update waits for a GPU.
     """
 
     takes_batch = False
@@ -89,7 +100,8 @@ class SET(TopologyUpdater):
         digest = hashlib.blake2b(f"{self._seed}/{tracker.name}/{step}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
         total = topology.rows * topology.cols
-        return random_outside(topology.positions()[kept], total, drop.numel(), generator)
+        # Ascending, which value order need not be.
+        return random_outside(topology.positions()[kept].sort().values, total, drop.numel(), generator)
 
 
 class Static(TopologyUpdater):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-
-import torch
 
 SCHEDULES = ("cosine", "constant", "linear", "inverse_power")
 
@@ -108,7 +107,9 @@ def replaced(active: int, fraction: float) -> int:
 
     In float32, as the official code computes it: the counts agree digit for digit.
     """
-    product = torch.tensor(active, dtype=torch.float32, device="cpu") * torch.tensor(
-        fraction, dtype=torch.float32, device="cpu"
-    )
-    return min(active, int(product))
+    # The product of two float32 numbers is exact in Python's float64.
+    return min(active, int(_float32(_float32(active) * _float32(fraction))))
+
+
+def _float32(x: float) -> float:
+    return ctypes.c_float(x).value

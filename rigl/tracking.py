@@ -83,6 +83,11 @@ class Tracker:
         return self.layer.growth if isinstance(self.layer.growth, Probe) else None
 
     @property
+    def on_device(self) -> bool:
+        """Whether it lies on a GPU."""
+        return self.layer.topology._gpu
+
+    @property
     def can_change(self) -> bool:
         """Neither frozen, nor empty, nor wholly active."""
         topology = self.layer.topology

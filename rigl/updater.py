@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
 import warnings
-import weakref
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -16,31 +14,16 @@ from torch import Tensor, nn
 from sparse_kernels.growth import BLOCK_SCORES
 from sparse_kernels.nn import SparseLayer
 
+from .attaching import attach, check_layers, check_objects, detach, evaluate_closure, innermost
+from .checkpoint import check_state
+from .device import DeviceUpdate, Verdict
 from .optimizer_state import Plan, apply_plans
+from .outcomes import NonFiniteWarning, NotFinite, NotReady, SkippedUpdateWarning, not_finite
 from .schedules import Schedule, Window, drop_fraction, replaced
 from .selection import magnitudes, rewire, smallest
 from .tracking import Tracker
 
 logger = logging.getLogger("rigl")
-
-# Who acts on an optimizer or layer; weak on both sides, so that none of them is kept alive.
-_attached: weakref.WeakKeyDictionary[Any, weakref.ref[TopologyUpdater]] = weakref.WeakKeyDictionary()
-
-
-class SkippedUpdateWarning(RuntimeWarning):
-    """A topology update that was due did not happen; nothing changed."""
-
-
-class NonFiniteWarning(SkippedUpdateWarning):
-    """The reason was a weight, gradient or growth score that is NaN or infinite."""
-
-
-class _NotFinite(Exception):
-    """A layer's numbers forbid the update of all."""
-
-
-class _NotReady(Exception):
-    """The gradients seen do not suffice to decide; try again at the next step."""
 
 
 class TopologyUpdater:
@@ -51,6 +34,7 @@ class TopologyUpdater:
 
     takes_batch: ClassVar[bool]  # an update takes the place of the optimizer step
     changes_topology: ClassVar[bool] = True
+    on_device: ClassVar[bool] = False  # layers on a GPU are updated there
 
     def __init__(
         self,
@@ -90,8 +74,8 @@ class TopologyUpdater:
                 does not hold; an optimizer with a method attached already.
             TypeError: not a module or optimizer; LBFGS, whose state cannot follow a topology.
         """
-        optimizer = _innermost(optimizer)
-        self._check_objects(model, optimizer)
+        optimizer = innermost(optimizer)
+        check_objects(model, optimizer, self.changes_topology)
         self._window = Window(begin, t_end, delta_t)
         self._fraction = drop_fraction(schedule, alpha=alpha, begin=begin, t_end=t_end, power=power)
         if block_score not in BLOCK_SCORES:
@@ -106,23 +90,25 @@ class TopologyUpdater:
         layers = {
             n.replace("_orig_mod.", ""): m for n, m in model.named_modules() if isinstance(m, SparseLayer)
         }
-        self._check_layers(layers, optimizer)
+        check_layers(layers, optimizer)
         self._optimizer, self._trackers = optimizer, [Tracker(n, m) for n, m in layers.items()]
         self._seed, self._block_score, self._expected = seed, block_score, grad_accumulation
         self.step_count = 0
-        self.updates = 0
-        self.failed_updates = 0
+        self._updates = 0
+        self._failed_updates = 0
+        self._pending: Verdict | None = None  # of the latest update, if it was made on a GPU
+        self._replaced_here = (0, 0)  # weights and layers that it changed on the host
         self.updated = False
         self._last_update = self._window.never
         self._replaced = 0
         self._skip_step = False
+        self._recording = False  # the optimizer's step is being captured in a CUDA graph, not taken
         self._set_aside: list[tuple[Tensor, Tensor]] | None = None
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
-        for held in (optimizer, *layers.values()):
-            _attached[held] = weakref.ref(self)
+        attach(self, (optimizer, *layers.values()))
         try:
             for tracker in self._trackers:
                 tracker.watch()
@@ -131,35 +117,6 @@ class TopologyUpdater:
             self.remove()
             raise
 
-    def _check_objects(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        if self.changes_topology and isinstance(optimizer, torch.optim.LBFGS):
-            raise TypeError(
-                "LBFGS keeps one flat history over all parameters, which cannot follow a change of topology; "
-                "use SGD, Adam, AdamW, RMSprop, ..., or rigl.Static"
-            )
-        _check_free(optimizer, "this optimizer")
-
-    @staticmethod
-    def _check_layers(layers: Mapping[str, SparseLayer], optimizer: torch.optim.Optimizer) -> None:
-        if not layers:
-            raise ValueError(
-                "the model has no sparse layer; make some with model = rigl.sparsify(model, sparsity=...)"
-            )
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        missing = [n for n, m in layers.items() if m.values.requires_grad and id(m.values) not in held]
-        if missing:
-            raise ValueError(
-                f"the optimizer does not hold the values of sparse layer {missing[0]!r} ({len(missing)} of "
-                f"{len(layers)} layers): build the optimizer after rigl.sparsify, from model.parameters()"
-            )
-
-        for name, layer in layers.items():
-            _check_free(layer, f"layer {name!r}")
-
     # what a method decides ------------------------------------------------------------------
 
     def _grow(self, tracker: Tracker, drop: Tensor, dropped: Tensor, step: int) -> Tensor:
@@ -167,7 +124,7 @@ class TopologyUpdater:
         raise NotImplementedError
 
     def _check_ready(self, tracker: Tracker) -> bool:
-        """Whether the layer takes part. Raises `_NotReady` or `_NotFinite`."""
+        """Whether the layer takes part. Raises NotReady or NotFinite."""
         return True
 
     # hooks ----------------------------------------------------------------------------------
@@ -175,13 +132,15 @@ class TopologyUpdater:
     def _before_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self._recording:
+            return None
         self.updated, self._set_aside = False, None
         # A fused optimizer is called by GradScaler even when it must not step; it looks at this itself.
         overflow = getattr(optimizer, "found_inf", None)
         self._skip_step = overflow is not None and bool(overflow)
         if self._skip_step or not self.takes_batch or not self._due():
             return None
-        args, kwargs = _evaluate_closure(args, kwargs)
+        args, kwargs = evaluate_closure(args, kwargs)
         if self._update():
             self._set_aside = [
                 (p, p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None
@@ -191,7 +150,7 @@ class TopologyUpdater:
         return args, kwargs
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if self._skip_step:
+        if self._skip_step or self._recording:
             return
         if self._set_aside is not None:
             for parameter, grad in self._set_aside:
@@ -225,52 +184,93 @@ class TopologyUpdater:
 
     def _update(self) -> bool:
         """Update all layers or none. Whether the attempt used up its turn (and batch, if it takes one)."""
-        step, plans, problem = self.step_count, list[Plan](), ""
+        self._settle()
+        step, problem, update = self.step_count, "", None
         try:
-            plans = self._plan_all(step)
+            plans, update = self._plan_all(step)
             for tracker in self._trackers:  # what the scorers hold is not needed any more
                 tracker.disarm()
+            verdict = None if update is None else update.verdict(step)
+            if plans and verdict is not None and (bad := verdict.read()[0]):
+                raise NotFinite(bad)  # the layers on the host must know
             apply_plans(plans, self._optimizer)
-        except _NotReady as reason:
+        except NotReady as reason:
             if str(reason):
                 message = f"topology update postponed by a step at step {step}: {reason}"
                 warnings.warn(message, SkippedUpdateWarning, stacklevel=2)
             return False
-        except _NotFinite as reason:
-            problem = str(reason)
+        except NotFinite as reason:
+            plans, verdict, problem = [], None, str(reason)
         except BaseException:
             self._arm()  # nothing has changed; the next batch is the next attempt
             raise
         self._last_update, self.updated = step, True
-        if problem:
-            self.failed_updates += 1
-            spent = " and the optimizer took no step on this batch" if self.takes_batch else ""
-            message = f"topology update at step {step} skipped: {problem}; no layer's topology changed{spent}"
-            warnings.warn(message, NonFiniteWarning, stacklevel=2)
+        here = sum(plan.drop.numel() * plan.layer.topology.block_numel for plan in plans)
+        if verdict is None:
+            self._conclude(step, problem, here, len(plans))
             return True
-        self.updates += 1
-        self._replaced = sum(plan.drop.numel() * plan.layer.topology.block_numel for plan in plans)
-        logger.debug("step %d: %d weights replaced in %d layers", step, self._replaced, len(plans))
+        self._pending, self._replaced_here = verdict, (here, len(plans))
+        assert update is not None
+        update.apply()
         return True
 
-    def _plan_all(self, step: int) -> list[Plan]:
+    def _settle(self) -> None:
+        """Take note of how the latest update went, if only a GPU knows so far."""
+        verdict, self._pending = self._pending, None
+        if verdict is not None:
+            problem, replaced = verdict.read()
+            here, layers = self._replaced_here
+            self._conclude(verdict.step, problem, here + replaced, layers + verdict.layers)
+
+    def _conclude(self, step: int, problem: str, replaced: int, layers: int) -> None:
+        if problem:
+            self._failed_updates += 1
+            spent = " and the optimizer took no step on this batch" if self.takes_batch else ""
+            message = f"topology update at step {step} skipped: {problem}; no layer's topology changed{spent}"
+            warnings.warn(message, NonFiniteWarning, stacklevel=3)
+            return
+        self._updates += 1
+        self._replaced = replaced
+        logger.debug("step %d: %d weights replaced in %d layers", step, replaced, layers)
+
+    def _plan_all(self, step: int) -> tuple[list[Plan], DeviceUpdate | None]:
+        """The plans of layers on the host, and the update of those on GPUs, if there are any."""
         wanted = [(tracker, k) for tracker in self._trackers if (k := self._count(tracker, step))]
-        plans = [self._plan(tracker, k, step) for tracker, k in wanted if self._check_ready(tracker)]
-        if wanted and not plans:
-            raise _NotReady("no sparse layer has a gradient")
-        return plans
+        there = [(t, k) for t, k in wanted if self.on_device and t.on_device]
+        here = [pair for pair in wanted if pair not in there]
+        plans = [self._plan(tracker, k, step) for tracker, k in here if self._check_ready(tracker)]
+        there = [(tracker, k) for tracker, k in there if self._check_ready(tracker)]
+        if wanted and not plans and not there:
+            raise NotReady("no sparse layer has a gradient")
+        return plans, DeviceUpdate(there, self._optimizer, self._block_score) if there else None
 
     def _plan(self, tracker: Tracker, k: int, step: int) -> Plan:
-        layer = tracker.layer
-        scores = magnitudes(layer.values, self._block_score)
+        layer, topology = tracker.layer, tracker.layer.topology
+        scores, positions = magnitudes(layer.values, self._block_score), topology.positions()
         if not bool(scores.isfinite().all()):
-            raise _NotFinite(f"a weight of layer {tracker.name!r} is not finite")
-        drop = smallest(scores, k)
-        dropped = layer.topology.positions()[drop]
+            raise NotFinite(not_finite("weight", tracker.name))
+        if topology.slot is None:
+            drop = smallest(scores, k)
+        else:  # equal scores go by position, wherever their values stand
+            order = positions.argsort()
+            drop = order[smallest(scores[order], k)]
+        dropped = positions[drop]
         drop, grow = rewire(drop, dropped, self._grow(tracker, drop, dropped, step))
         return Plan(tracker.name, layer, drop, grow)
 
     # for the user ---------------------------------------------------------------------------
+
+    @property
+    def updates(self) -> int:
+        """Topology updates done. Waits for a GPU that has not finished the latest one."""
+        self._settle()
+        return self._updates
+
+    @property
+    def failed_updates(self) -> int:
+        """Updates refused because of numbers that are not finite. Waits as `updates` does."""
+        self._settle()
+        return self._failed_updates
 
     def metrics(self) -> dict[str, float]:
         """Figures for a log.
@@ -279,6 +279,7 @@ class TopologyUpdater:
         outside `begin .. t_end`), `replaced` (weights exchanged by the last update), `sparsity` (of the
         sparse layers together).
         """
+        self._settle()
         inside = self.changes_topology and self._window.begin <= self.step_count <= self._window.t_end
         topologies = [tracker.layer.topology for tracker in self._trackers]
         total = sum(math.prod(t.shape) for t in topologies)
@@ -315,36 +316,12 @@ class TopologyUpdater:
         Raises:
             ValueError: the state of another method, or lacking something. Nothing is changed then.
         """
-        keys = self.state_dict().keys()
-        if not isinstance(state, Mapping) or not keys <= state.keys():
-            got = ", ".join(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
-            raise ValueError(
-                f"expected the state of a {type(self).__name__}, with {', '.join(keys)}; got {got}"
-            )
-        if state["method"] != type(self).__name__:
-            raise ValueError(f"this is the state of a {state['method']}, not of a {type(self).__name__}")
-        counts = ("step_count", "updates", "failed_updates", "replaced")
-        numbers = ("seed", "last_update", *counts)
-        for key in numbers:
-            if isinstance(state[key], bool) or not isinstance(state[key], int):
-                raise ValueError(f"{key} must be an int, got {state[key]!r}")
-            if key in counts and state[key] < 0:
-                raise ValueError(f"{key} must not be negative, got {state[key]}")
-        if state["last_update"] > state["step_count"]:
-            raise ValueError(
-                f"last_update must not be after step_count, got {state['last_update']} and "
-                f"{state['step_count']}"
-            )
-        passes, names = state["passes"], {tracker.name for tracker in self._trackers}
-        if not isinstance(passes, Mapping) or passes.keys() != names:
-            other = ", ".join(sorted(names ^ set(passes))) if isinstance(passes, Mapping) else repr(passes)
-            raise ValueError(f"the state is of a model with other sparse layers; not in both: {other}")
-        for name, n in passes.items():
-            if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
-                raise ValueError(f"passes of layer {name!r} must be a positive int or None, got {n!r}")
-        self._seed, self._last_update, self.step_count, self.updates, self.failed_updates, self._replaced = (
-            state[key] for key in numbers
+        passes = check_state(state, self.state_dict())
+        self._seed, self._last_update, self.step_count = (
+            state[key] for key in ("seed", "last_update", "step_count")
         )
+        self._updates, self._failed_updates = state["updates"], state["failed_updates"]
+        self._replaced = state["replaced"]
         self.updated = bool(state["updated"])
         for tracker in self._trackers:
             tracker.passes = passes[tracker.name]
@@ -359,52 +336,12 @@ class TopologyUpdater:
         self._handles.clear()
         for tracker in self._trackers:
             tracker.release()
-        for held in (self._optimizer, *(tracker.layer for tracker in self._trackers)):
-            del _attached[held]
+        detach((self._optimizer, *(tracker.layer for tracker in self._trackers)))
+        self._settle()
 
     def __repr__(self) -> str:
         w = self._window
         return (
             f"{type(self).__name__}(layers={len(self._trackers)}, step_count={self.step_count}, "
-            f"updates={self.updates}, begin={w.begin}, t_end={w.t_end}, delta_t={w.delta_t})"
+            f"updates={self._updates}, begin={w.begin}, t_end={w.t_end}, delta_t={w.delta_t})"
         )
-
-
-def _innermost(optimizer: Any) -> Any:
-    """The optimizer that steps, out of wrappers such as Accelerate's: its hooks run when it really does."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-        optimizer = inner
-    return optimizer
-
-
-def _check_free(held: Any, name: str) -> None:
-    """Raise ValueError if an updater acts on an optimizer or layer already."""
-
-    def owner() -> TopologyUpdater | None:
-        return _attached[held]() if held in _attached else None
-
-    if owner() is not None:
-        gc.collect()  # one that nobody can reach any more may be waiting for this
-    if (other := owner()) is not None:
-        raise ValueError(f"{type(other).__name__} is attached to {name} already; call its .remove() first")
-
-
-def _evaluate_closure(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Call `step`'s closure, if it has one, and hand its loss on to the optimizer's first call of it.
-
-    The update must come after the closure's backward pass, and before the optimizer's own step.
-    """
-    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-    if not callable(closure):
-        return args, kwargs
-    with torch.enable_grad():
-        losses = [closure()]
-
-    def evaluated() -> Any:
-        return losses.pop() if losses else closure()
-
-    if "closure" in kwargs:
-        return args, {**kwargs, "closure": evaluated}
-    return (args[0], evaluated, *args[2:]), kwargs

@@ -6,7 +6,8 @@ from importlib.metadata import version as _version
 from . import functional
 from .backend import use_backend
 from .nn import SparseConv2d, SparseLinear
-from .topology import Topology, reorder_
+from .rewiring import reorder_
+from .topology import Topology
 
 try:
     __version__ = _version("sparse-kernels")

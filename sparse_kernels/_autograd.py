@@ -17,7 +17,13 @@ from . import _ops
 _Maybe = Tensor | None
 _Operands = tuple[_Maybe, _Maybe, Tensor]  # x, values, index
 _Sizes = list[int]
-_FORWARD = {"linear": _ops.linear_forward, "conv2d": _ops.conv2d_forward}
+_FORWARD = {
+    "linear": _ops.linear_forward,
+    "conv2d": _ops.conv2d_forward,
+    "dense_linear": _ops.dense_linear_forward,
+    "dense_conv2d": _ops.dense_conv2d_forward,
+    "triton_linear": _ops.triton_linear_forward,
+}
 
 
 def product(
@@ -29,13 +35,13 @@ def product(
     *conf: Any,
     ticket: _Maybe = None,
 ) -> Tensor:
-    """`y` of a "linear" or "conv2d" operator, differentiable in `x`, `values` and `bias`.
+    """`y` of the operator `kind + "_forward"`, differentiable in `x`, `values` and `bias`.
 
     `x` and `values` are in a layout that the operator takes; `conf` is what it takes after `index`. The
     growth scorer of `ticket` is shown the factors of whatever is added to the gradient of `values`.
     """
     if torch.compiler.is_exporting():  # an exported program has no Function: its operators must know
-        return (_ops.linear if kind == "linear" else _ops.conv2d)(x, values, bias, index, *conf)
+        return (_ops.conv2d if _is_conv(kind) else _ops.linear)(x, values, bias, index, *conf)
     # Skipped when nothing needs a gradient: a Function costs as much as a small product. Forward-mode
     # differentiation it refuses by name, where the operator alone would lose the tangent.
     wanted = x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
@@ -44,13 +50,17 @@ def product(
     return _FORWARD[kind](x, values, bias, index, *conf)
 
 
+def _is_conv(kind: str) -> bool:
+    return kind.endswith("conv2d")
+
+
 def _saved(kind: str, x: Tensor, values: Tensor, index: Tensor, need: tuple[bool, ...]) -> _Operands:
     """What a backward keeps.
 
     As torch's own: a Linear neither keeps nor guards what its gradients do not read, a convolution keeps all.
     `index` is among it: its version counter then catches an update between forward and backward.
     """
-    if kind == "conv2d":
+    if _is_conv(kind):
         return x, values, index
     return x if need[1] else None, values if need[0] else None, index
 
@@ -70,15 +80,16 @@ def _gradients(
     """
     x, values, index = operands
     if ticket is not None and x is not None and need[1]:
-        settings = [] if kind == "linear" else [*conf[3], *conf[4], *conf[5], conf[6]]
+        settings = [*conf[3], *conf[4], *conf[5], conf[6]] if _is_conv(kind) else []
         _ops.observe(ticket, x, dy, settings, True)
     # Compiled code is never differentiated twice, and the compiler does not trace a Function in a backward.
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _Gradients.apply(kind, ticket, dy, x, values, index, conf, values_size, need)
-    if kind == "conv2d":
-        return _ops.conv2d_backward(_like(dy, x), x, values, index, *conf, *need)
+    backward = getattr(_ops, f"{kind}_backward")
+    if _is_conv(kind):
+        return backward(_like(dy, x), x, values, index, *conf, *need)
     x, values = x if need[1] else None, values if need[0] else None
-    return _ops.linear_backward(dy.contiguous(), x, values, index, *conf, values_size, need[2])
+    return backward(dy.contiguous(), x, values, index, *conf, values_size, need[2])
 
 
 class _Product(torch.autograd.Function):

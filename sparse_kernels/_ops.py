@@ -5,11 +5,19 @@ Schemas are in `csrc/registration.cpp`; contracts in `functional.py`. Imports to
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.library import register_fake
 
-from . import _load  # noqa: F401  (registers the operators)
+from . import (
+    _load,  # noqa: F401  (registers the operators)
+    dense,
+)
+from .dense import is_channels_last
 
 _lib = torch.ops.sparse_kernels
 
@@ -21,6 +29,13 @@ linear_backward = _lib.linear_backward.default
 conv2d = _lib.conv2d.default
 conv2d_forward = _lib.conv2d_forward.default
 conv2d_backward = _lib.conv2d_backward.default
+dense_linear_forward = _lib.dense_linear_forward.default
+dense_linear_backward = _lib.dense_linear_backward.default
+triton_linear_forward = _lib.triton_linear_forward.default
+triton_linear_backward = _lib.triton_linear_backward.default
+dense_conv2d_forward = _lib.dense_conv2d_forward.default
+dense_conv2d_backward = _lib.dense_conv2d_backward.default
+growth_norms = _lib.growth_norms.default
 observe = _lib.observe.default
 growth_scan = _lib.growth_scan.default
 cpu_isa = _lib.cpu_isa.default
@@ -29,25 +44,6 @@ cpu_isa = _lib.cpu_isa.default
 def out_features(values: Tensor, rows: int) -> int:
     """Rows of blocks -> rows of weights."""
     return rows if values.dim() == 1 else rows * values.shape[1]
-
-
-def is_channels_last(x: Tensor) -> bool:
-    """Whether a 4-D tensor's memory is NHWC and not NCHW.
-
-    One that is both, for having one channel or pixel, is what its strides look like: the rule of torch's
-    convolutions, so that layers agree on the format of their output.
-    """
-    if not x.is_contiguous(memory_format=torch.channels_last):
-        return False
-    if not x.is_contiguous():
-        return True
-    least = 0
-    for d in (1, 3, 2, 0):
-        size, stride = x.shape[d], x.stride(d)
-        if size == 0 or stride < least or (d == 0 and least == x.stride(1)):
-            return False
-        least = stride * size
-    return True
 
 
 def conv2d_output_size(
@@ -72,11 +68,15 @@ def _empty_image(like: Tensor, size: tuple[int, int, int, int]) -> Tensor:
 
 @register_fake("sparse_kernels::linear")
 @register_fake("sparse_kernels::linear_forward")
+@register_fake("sparse_kernels::dense_linear_forward")
+@register_fake("sparse_kernels::triton_linear_forward")
 def _(x, values, bias, index, rows, cols):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape[0], out_features(values, rows))
 
 
 @register_fake("sparse_kernels::linear_backward")
+@register_fake("sparse_kernels::dense_linear_backward")
+@register_fake("sparse_kernels::triton_linear_backward")
 def _(dy, x, values, index, rows, cols, values_size, need_bias):  # type: ignore[no-untyped-def]
     inputs = cols if len(values_size) == 1 else cols * values_size[2]
     return (
@@ -88,12 +88,14 @@ def _(dy, x, values, index, rows, cols, values_size, need_bias):  # type: ignore
 
 @register_fake("sparse_kernels::conv2d")
 @register_fake("sparse_kernels::conv2d_forward")
+@register_fake("sparse_kernels::dense_conv2d_forward")
 def _(x, values, bias, index, rows, cols, kernel, stride, padding, dilation, groups):  # type: ignore[no-untyped-def]
     h, w = conv2d_output_size(x.shape[2:], kernel, stride, padding, dilation)
     return _empty_image(x, (x.shape[0], out_features(values, rows), h, w))
 
 
 @register_fake("sparse_kernels::conv2d_backward")
+@register_fake("sparse_kernels::dense_conv2d_backward")
 def _(dy, x, values, index, rows, cols, kernel, stride, padding, dilation, groups, *need):  # type: ignore[no-untyped-def]
     need_x, need_values, need_bias = need
     return (
@@ -106,3 +108,41 @@ def _(dy, x, values, index, rows, cols, kernel, stride, padding, dilation, group
 @register_fake("sparse_kernels::observe")
 def _(ticket, x, dy, conf, exact):  # type: ignore[no-untyped-def]
     pass
+
+
+@register_fake("sparse_kernels::growth_norms")
+def _(x, dy, b_out, b_in, score):  # type: ignore[no-untyped-def]
+    return x.new_empty(dy.shape[1] // b_out, x.shape[1] // b_in, dtype=torch.float32)
+
+
+# implementations in Python ----------------------------------------------------------------------
+
+
+def _by_triton(name: str) -> Callable[..., Any]:
+    """A function of `triton/operators.py`. Triton is imported when the first one is called."""
+    found: Callable[..., Any] | None = None
+
+    def run(*args: Any) -> Any:
+        nonlocal found
+        if found is None:
+            found = getattr(importlib.import_module("sparse_kernels.triton.operators"), name)
+        return found(*args)
+
+    return run
+
+
+def _implement(operator: str, key: str, function: Callable[..., Any]) -> None:
+    torch.library.impl(f"sparse_kernels::{operator}", key)(function)
+
+
+for _name in ("linear_forward", "linear_backward", "conv2d_forward", "conv2d_backward"):
+    _implement(f"dense_{_name}", "CompositeExplicitAutograd", getattr(dense, f"dense_{_name}"))
+for _name in ("linear_forward", "linear_backward"):
+    _implement(f"triton_{_name}", "CompositeExplicitAutograd", _by_triton(_name))
+    _implement(_name, "CUDA", _by_triton(_name))
+_implement("linear", "CUDA", _by_triton("linear_forward"))
+for _name in ("conv2d", "conv2d_forward"):
+    _implement(_name, "CUDA", dense.dense_conv2d_forward)
+_implement("conv2d_backward", "CUDA", dense.dense_conv2d_backward)
+_implement("growth_norms", "CompositeExplicitAutograd", dense.growth_norms)
+_implement("growth_norms", "CUDA", _by_triton("growth_norms"))

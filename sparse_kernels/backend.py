@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -10,10 +12,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from . import cost
+
 if TYPE_CHECKING:
     from .topology import Topology
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda", "dense")
+
+TRITON_BLOCKS = (16, 32, 64, 128)  # sides of the blocks that the Triton kernels take
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton kernels run on CPU tensors, in Python
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_ARITHMETIC = {torch.bfloat16: "half", torch.float16: "half", torch.float32: "ieee"}
 
 _requested: ContextVar[str] = ContextVar("sparse_kernels_backend", default="auto")
 _latest = "auto"  # the same for compiled code: Dynamo cannot trace a ContextVar, but guards on a global
@@ -57,12 +66,46 @@ def select(x: Tensor, topology: Topology) -> str:
     name = requested()
     device = x.device.type
     if name == "auto":
-        return "cpu" if device in ("cpu", "meta") else "reference"  # on meta only shapes are asked for
-    if name in ("triton", "cuda"):
+        if device in ("cpu", "meta"):  # on meta only shapes are asked for
+            return "cpu"
+        return "triton" if device == "cuda" and _blocks_pay(x.dtype, topology) else "dense"
+    if name == "cuda":
         raise RuntimeError(
-            f'backend "{name}" cannot run: this release has no {name} kernels; '
-            'use "auto", "reference" or "dense"'
+            'backend "cuda" cannot run: this release has no CUDA C++ kernels; use "auto", "triton" or "dense"'
         )
+    if name == "triton" and (reason := why_not_triton(device, x.dtype, topology)):
+        raise RuntimeError(f'backend "triton" cannot run: {reason}; use "auto" or "dense"')
     if name == "cpu" and device != "cpu":
         raise RuntimeError(f'backend "cpu" cannot run on a {device} tensor; use "auto" or move it to the CPU')
     return name
+
+
+def has_triton(device: str) -> bool:
+    """Whether Triton kernels run on tensors of this type of device."""
+    return _HAS_TRITON and (device == "cuda" or (device == "cpu" and INTERPRETED))
+
+
+def why_not_triton(device: str, dtype: torch.dtype, topology: Topology) -> str:
+    """Why the Triton kernels cannot multiply here; empty if they can."""
+    if _HAS_TRITON is False:
+        return "Triton is not installed (a CUDA build of torch brings it)"
+    if not has_triton(device):
+        return f"it needs a CUDA tensor, not a {device} one (or TRITON_INTERPRET=1, to try it slowly)"
+    if len(topology.shape) != 2:
+        return "it has kernels for Linear, not for convolutions"
+    if not set(topology.block_size) <= set(TRITON_BLOCKS):
+        sides = ", ".join(map(str, TRITON_BLOCKS))
+        return f"it has kernels for blocks with sides of {sides}, not {topology.block_size}"
+    if dtype not in _ARITHMETIC:
+        return f"it has kernels for bfloat16, float16 and float32, not {dtype}"
+    return ""
+
+
+def _blocks_pay(dtype: torch.dtype, topology: Topology) -> bool:
+    if why_not_triton("cuda", dtype, topology):
+        return False
+    arithmetic = _ARITHMETIC[dtype]
+    if arithmetic == "ieee" and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        arithmetic = "tf32"
+    grid = (topology.rows, topology.cols, topology.n_blocks)
+    return cost.blocks_pay(*grid, topology.block_size, arithmetic)

@@ -1,21 +1,56 @@
 """The "dense" backend: the weight scattered into a dense scratch, the dense library's products.
 
-Worth it at high density only. The gradient of the values is sampled from stripes of the dense one, so
-that no gradient of the dense size is kept.
+Worth it at high density, and on a GPU for single weights, which tensor cores cannot skip. Values, gradients
+and optimizer state still take O(nnz): the scratch lives for one product, and the gradient of the values is
+sampled from stripes of the dense one, so that no gradient of the dense size is kept. These operators have the
+schemas of the sparse ones.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .topology import Topology
+from .backend import has_triton
 
-_STRIPE_ELEMENTS = 1 << 20  # of the dense gradient held at a time (4 MiB in float32)
+_Ints = list[int]
+_Grads = tuple[Tensor, Tensor, Tensor]
+
+# Of the dense gradient held at a time: 4 MiB in float32 on a CPU; a GPU needs more to be busy.
+_STRIPE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 23}
+
+
+class Geometry(Protocol):
+    """What a stripe needs of a topology."""
+
+    rows: int
+    cols: int
+    groups: int
+    block_size: tuple[int, int]
+    shape: tuple[int, ...]
+    taps: int
+
+
+@dataclass
+class Weight:
+    """The geometry of a weight inside an operator, where there is no `Topology`, and its arrays by rows."""
+
+    rows: int
+    cols: int
+    groups: int
+    block_size: tuple[int, int]
+    shape: tuple[int, ...]
+    taps: int
+    n: int
+    row_ptr: Tensor
+    col_idx: Tensor
+    slot: Tensor | None
 
 
 def under_autocast(device: str) -> bool:
@@ -28,28 +63,32 @@ def no_autocast(device: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if under_autocast(device) else nullcontext()
 
 
-def stripes(topology: Topology) -> list[tuple[int, int]]:
+# stripes of a dense gradient ------------------------------------------------------------------
+
+
+def stripes(weight: Geometry, device: str = "cpu") -> list[tuple[int, int]]:
     """Ranges of block rows whose dense gradient is about `_STRIPE_ELEMENTS`; none crosses a group."""
-    row = max(1, topology.cols * topology.block_numel)
-    step = max(1, _STRIPE_ELEMENTS // row)
-    per_group = topology.rows // topology.groups
+    b_out, b_in = weight.block_size
+    row = max(1, weight.cols * b_out * b_in)
+    step = max(1, _STRIPE_ELEMENTS.get(device, _STRIPE_ELEMENTS["cpu"]) // row)
+    per_group = weight.rows // weight.groups
     return [
         (begin, min(begin + step, (g + 1) * per_group))
-        for g in range(topology.groups)
+        for g in range(weight.groups)
         for begin in range(g * per_group, (g + 1) * per_group, step)
     ]
 
 
-def linear_stripe(x: Tensor, dy: Tensor, topology: Topology, begin: int, end: int) -> Tensor:
+def linear_stripe(x: Tensor, dy: Tensor, weight: Geometry, begin: int, end: int) -> Tensor:
     """Rows of the dense weight gradient for block rows `begin:end`: `[(end - begin) * b_out, in]`."""
-    b_out = topology.block_size[0]
+    b_out = weight.block_size[0]
     return dy[:, begin * b_out : end * b_out].t() @ x
 
 
 def conv2d_stripe(
     x: Tensor,
     dy: Tensor,
-    topology: Topology,
+    weight: Geometry,
     begin: int,
     end: int,
     stride: tuple[int, int],
@@ -58,110 +97,242 @@ def conv2d_stripe(
     groups: int,
 ) -> Tensor:
     """The same for a convolution: `[(end - begin) * b_out, in/groups, kh, kw]`."""
-    b_out, channels = topology.block_size[0], topology.shape[1]
-    group = begin // max(1, topology.rows // groups)
+    b_out, channels = weight.block_size[0], weight.shape[1]
+    group = begin // max(1, weight.rows // groups)
     x = x[:, group * channels : (group + 1) * channels]
     dy = dy[:, begin * b_out : end * b_out]
-    weight = x.new_empty(()).expand(dy.shape[1], *topology.shape[1:])
+    like = x.new_empty(()).expand(dy.shape[1], *weight.shape[1:])
     conf = (list(stride), list(padding), list(dilation), False, [0, 0], 1, [False, True, False])
-    return torch.ops.aten.convolution_backward(dy, x, weight, None, *conf)[1]
+    return torch.ops.aten.convolution_backward(dy, x, like, None, *conf)[1]
 
 
-def stripe_to_blocks(gradient: Tensor, topology: Topology) -> Tensor:
+def stripe_to_blocks(gradient: Tensor, weight: Geometry) -> Tensor:
     """A stripe of the dense gradient as blocks: `[block rows, cols, b_out, b_in]`."""
-    b_out, b_in = topology.block_size
-    rows, inner = gradient.shape[0] // b_out, topology.shape[1] // b_in
-    parts = gradient.reshape(rows, b_out, inner, b_in, topology.taps)
-    return parts.permute(0, 2, 4, 1, 3).reshape(rows, topology.cols, b_out, b_in)
+    b_out, b_in = weight.block_size
+    rows, inner = gradient.shape[0] // b_out, weight.shape[1] // b_in
+    parts = gradient.reshape(rows, b_out, inner, b_in, weight.taps)
+    return parts.permute(0, 2, 4, 1, 3).reshape(rows, weight.cols, b_out, b_in)
 
 
-def _sampled(topology: Topology, like: Tensor, stripe: Any) -> Tensor:
-    """Gradient of the values, sampled stripe by stripe from `stripe(begin, end)`."""
-    positions, ptr = topology.positions(), topology.row_ptr.tolist()
-    blocks = like.new_empty(topology.n_blocks, *topology.block_size)
-    for begin, end in stripes(topology):
-        low, high = ptr[begin], ptr[end]
-        if low < high:
-            part = stripe_to_blocks(stripe(begin, end), topology).flatten(0, 1)
-            blocks[low:high] = part[positions[low:high] - begin * topology.cols]
-    return blocks.reshape(like.shape)
+def growth_norms(x: Tensor, dy: Tensor, b_out: int, b_in: int, score: str) -> Tensor:
+    """Norms of the blocks of `dY^T X` by stripes, `[out / b_out, in / b_in]` float32 (or float64, as `x`)."""
+    grid = (dy.shape[1] // b_out, x.shape[1] // b_in)
+    weight = Weight(
+        *grid, 1, (b_out, b_in), (dy.shape[1], x.shape[1]), 1, 0, dy.new_empty(0), dy.new_empty(0), None
+    )
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    scores = x.new_empty(grid, dtype=wide)
+    with no_autocast(x.device.type):
+        for begin, end in stripes(weight, x.device.type):
+            blocks = stripe_to_blocks(
+                linear_stripe(x.to(wide), dy.to(wide), weight, begin, end), weight
+            ).flatten(2)
+            scores[begin:end] = blocks.abs().sum(-1) if score == "l1" else blocks.square().sum(-1).sqrt()
+    return scores
 
 
-def _whole_gradient() -> bool:
-    """Whether a backward is differentiated again, or traced: then in torch's operations, and at once."""
-    return torch.is_grad_enabled() or torch.compiler.is_compiling()
+# between values and dense weights -------------------------------------------------------------
 
 
-class _DenseLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, index: Tensor, topology: Topology
-    ) -> Tensor:
-        ctx.save_for_backward(x, values, index)
-        ctx.topology = topology
-        with no_autocast(x.device.type):
-            return F.linear(x, topology.to_dense(values), bias)
+def scatter(values: Tensor, weight: Weight) -> Tensor:
+    """Values -> dense weight, zeros where inactive."""
+    if _by_kernel(values):
+        from .triton import densify
 
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, values, _ = ctx.saved_tensors
-        topology: Topology = ctx.topology
-        need_x, need_values, need_bias = ctx.needs_input_grad[:3]
-        dx = dvalues = None
-        with no_autocast(x.device.type):
-            if need_x:
-                dx = dy @ topology.to_dense(values)
-            if need_values and _whole_gradient():
-                dvalues = topology.gather(dy.t() @ x)
-            elif need_values:
-                dvalues = _sampled(topology, values, lambda b, e: linear_stripe(x, dy, topology, b, e))
-        return dx, dvalues, dy.sum(0) if need_bias else None, None, None
+        dense = values.new_empty(weight.shape)
+        densify.scatter(values, dense, weight.row_ptr, weight.col_idx, weight.slot, weight.taps)
+        return dense
+    b_out, b_in = weight.block_size
+    blocks = values.reshape(weight.n, b_out, b_in)
+    blocks = blocks if weight.slot is None else blocks[weight.slot]
+    grid = values.new_zeros(weight.rows * weight.cols, b_out, b_in)
+    grid[_positions(weight)] = blocks
+    parts = grid.reshape(weight.shape[0] // b_out, weight.shape[1] // b_in, weight.taps, b_out, b_in)
+    return parts.permute(0, 3, 1, 4, 2).reshape(weight.shape).contiguous()
 
 
-class _DenseConv2d(torch.autograd.Function):
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        x: Tensor,
-        values: Tensor,
-        bias: Tensor | None,
-        index: Tensor,
-        topology: Topology,
-        *conf: Any,
-    ) -> Tensor:
-        ctx.save_for_backward(x, values, index)
-        ctx.topology, ctx.conf = topology, conf
-        with no_autocast(x.device.type):
-            return F.conv2d(x, topology.to_dense(values), bias, *conf)
+def sample(stripe_of: Callable[[int, int], Tensor], values_size: _Ints, weight: Weight) -> Tensor:
+    """The gradient of the values, from `stripe_of(begin, end)` for all stripes."""
+    positions, found = None, None
+    for begin, end in stripes(weight, weight.row_ptr.device.type):
+        stripe = stripe_of(begin, end)
+        if found is None:
+            found = stripe.new_zeros(values_size)
+        if _by_kernel(found):
+            from .triton import densify
 
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, values, _ = ctx.saved_tensors
-        topology: Topology = ctx.topology
-        need_x, need_values, need_bias = ctx.needs_input_grad[:3]
-        stride, padding, dilation, groups = ctx.conf
-        whole = need_values and _whole_gradient()
-        conf = ([*stride], [*padding], [*dilation], False, [0, 0], groups, [need_x, whole, False])
-        dx = dvalues = None
-        with no_autocast(x.device.type):
-            if need_x or whole:
-                w = topology.to_dense(values)
-                dx, dw, _ = torch.ops.aten.convolution_backward(dy, x, w, None, *conf)
-            if whole:
-                dvalues = topology.gather(dw)
-            elif need_values:
-                dvalues = _sampled(
-                    topology, values, lambda b, e: conv2d_stripe(x, dy, topology, b, e, *ctx.conf)
-                )
-        dbias = dy.sum((0, 2, 3)) if need_bias else None
-        return dx, dvalues, dbias, None, None, *(None for _ in ctx.conf)
+            arrays = (weight.row_ptr, weight.col_idx, weight.slot, weight.taps)
+            densify.sample(stripe.contiguous(), found, *arrays, begin, end)
+            continue
+        # Fixed shapes, so that nothing is read on the host: what lies in other stripes is asked for at their
+        # edge, and not taken.
+        positions = _positions(weight) if positions is None else positions
+        blocks = stripe_to_blocks(stripe, weight).flatten(0, 1)
+        low, count = begin * weight.cols, (end - begin) * weight.cols
+        inside = (positions >= low) & (positions < low + count)
+        taken = blocks[(positions - low).clamp_(0, count - 1)].reshape(values_size)
+        inside = inside.reshape(-1, *(1 for _ in values_size[1:]))
+        if weight.slot is None:
+            found = torch.where(inside, taken, found)
+        else:
+            found[weight.slot] = torch.where(inside, taken, found[weight.slot])
+    if found is None:
+        raise RuntimeError("a weight without rows has no gradient to sample")
+    return found
 
 
-def linear(x: Tensor, values: Tensor, topology: Topology, bias: Tensor | None) -> Tensor:
-    """`functional.linear` on `[tokens, in]` through the dense library."""
-    return _DenseLinear.apply(x, values, bias, topology.index, topology)
+def _by_kernel(values: Tensor) -> bool:
+    if not has_triton(values.device.type):
+        return False
+    from .triton import densify
+
+    return densify.takes(values)
 
 
-def conv2d(x: Tensor, values: Tensor, topology: Topology, bias: Tensor | None, *conf: Any) -> Tensor:
-    """`functional.conv2d` through the dense library; `conf` is stride, padding, dilation, groups."""
-    return _DenseConv2d.apply(x, values, bias, topology.index, topology, *conf)
+def _positions(weight: Weight) -> Tensor:
+    """Flat positions in row order, int64."""
+    counts = weight.row_ptr.diff().long()
+    rows = torch.arange(weight.rows, device=counts.device).repeat_interleave(counts, output_size=weight.n)
+    return rows * weight.cols + weight.col_idx
+
+
+def _weight(
+    index: Tensor,
+    size: _Ints | torch.Size,
+    rows: int,
+    cols: int,
+    groups: int = 1,
+    kernel: _Ints | None = None,
+) -> Weight:
+    """From an operator's arguments. The arrays read stand where layout.py says, on every device."""
+    n, (b_out, b_in) = size[0], (1, 1) if len(size) == 1 else (size[1], size[2])
+    taps = kernel[0] * kernel[1] if kernel else 1
+    shape = (rows * b_out, cols // taps * b_in, *(kernel or ()))
+    slot_at = rows + 1 + n + groups * cols + 1 + 2 * n
+    return Weight(
+        rows, cols, groups, (b_out, b_in), shape, taps, n,
+        row_ptr=index[: rows + 1],
+        col_idx=index[rows + 1 : rows + 1 + n],
+        slot=None if len(size) == 1 else index[slot_at : slot_at + n],
+    )  # fmt: skip
+
+
+# the operators --------------------------------------------------------------------------------
+
+
+def dense_linear_forward(
+    x: Tensor, values: Tensor, bias: Tensor | None, index: Tensor, rows: int, cols: int
+) -> Tensor:
+    """As `linear_forward`."""
+    with no_autocast(x.device.type):
+        return F.linear(x, scatter(values, _weight(index, values.shape, rows, cols)), bias)
+
+
+def dense_linear_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    values: Tensor | None,
+    index: Tensor,
+    rows: int,
+    cols: int,
+    values_size: _Ints,
+    need_bias: bool,
+) -> _Grads:
+    """As `linear_backward`."""
+    weight = _weight(index, values_size, rows, cols)
+    dx = dw = dy.new_empty(0)
+    with no_autocast(dy.device.type):
+        if values is not None:
+            dx = dy @ scatter(values, weight)
+        if x is not None:
+            dw = _weight_gradient(dy, values_size, weight, lambda b, e: linear_stripe(x, dy, weight, b, e))
+    return dx, dw, dy.sum(0) if need_bias else dy.new_empty(0)
+
+
+def dense_conv2d_forward(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+    rows: int,
+    cols: int,
+    kernel: _Ints,
+    stride: _Ints,
+    padding: _Ints,
+    dilation: _Ints,
+    groups: int,
+) -> Tensor:
+    """As `conv2d_forward`."""
+    weight = _weight(index, values.shape, rows, cols, groups, kernel)
+    with no_autocast(x.device.type):
+        return _in_format(
+            F.conv2d(x, scatter(values, weight), bias, stride, padding, dilation, groups), like=x
+        )
+
+
+def dense_conv2d_backward(
+    dy: Tensor,
+    x: Tensor,
+    values: Tensor,
+    index: Tensor,
+    rows: int,
+    cols: int,
+    kernel: _Ints,
+    stride: _Ints,
+    padding: _Ints,
+    dilation: _Ints,
+    groups: int,
+    need_x: bool,
+    need_values: bool,
+    need_bias: bool,
+) -> _Grads:
+    """As `conv2d_backward`."""
+    size = list(values.shape)
+    weight = _weight(index, size, rows, cols, groups, kernel)
+    dx = dw = x.new_empty(0)
+    with no_autocast(x.device.type):
+        if need_x:
+            conf = (stride, padding, dilation, False, [0, 0], groups, [True, False, False])
+            dense = scatter(values, weight)
+            dx = _in_format(torch.ops.aten.convolution_backward(dy, x, dense, None, *conf)[0], like=x)
+        if need_values:
+            conf2 = (_pair(stride), _pair(padding), _pair(dilation), groups)
+            dw = _weight_gradient(dy, size, weight, lambda b, e: conv2d_stripe(x, dy, weight, b, e, *conf2))
+    return dx, dw, dy.sum((0, 2, 3)) if need_bias else dy.new_empty(0)
+
+
+def _weight_gradient(
+    like: Tensor, size: _Ints, weight: Weight, stripe_of: Callable[[int, int], Tensor]
+) -> Tensor:
+    if weight.n == 0 or weight.rows * weight.cols == 0:
+        return like.new_zeros(size)
+    return sample(stripe_of, size, weight)
+
+
+def _pair(sizes: _Ints) -> tuple[int, int]:
+    return sizes[0], sizes[1]
+
+
+def _in_format(image: Tensor, like: Tensor) -> Tensor:
+    """In the memory format that the operator's fake promises."""
+    last = is_channels_last(like)
+    return image.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether a 4-D tensor's memory is NHWC and not NCHW.
+
+    One that is both, for having one channel or pixel, is what its strides look like: the rule of torch's
+    convolutions, so that layers agree on the format of their output.
+    """
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return False
+    if not x.is_contiguous():
+        return True
+    least = 0
+    for d in (1, 3, 2, 0):
+        size, stride = x.shape[d], x.stride(d)
+        if size == 0 or stride < least or (d == 0 and least == x.stride(1)):
+            return False
+        least = stride * size
+    return True

@@ -104,13 +104,12 @@ def _linear(
     name = _select(x, topology)
     if name == "reference":
         y = reference.linear(flat, values, topology, bias)
-    elif name == "dense":
-        y = dense.linear(flat, values, topology, bias)
+        if ticket is not None:
+            y = _Observe.apply(y, flat, ticket, [])
     else:
         operands = (flat.contiguous(), values.contiguous(), bias, topology.index)
-        y = product("linear", *operands, topology.rows, topology.cols, ticket=ticket)
-    if ticket is not None and name in ("reference", "dense"):
-        y = _Observe.apply(y, flat, ticket, [])
+        kind = {"dense": "dense_linear", "triton": "triton_linear"}.get(name, "linear")
+        y = product(kind, *operands, topology.rows, topology.cols, ticket=ticket)
     if x.dim() != 2:
         y = y.reshape(*x.shape[:-1], topology.shape[0])
     return y if y.dtype == out_dtype else y.to(out_dtype)
@@ -150,8 +149,8 @@ def _conv2d(
     conf = (stride, pads, dilation, groups)
     if name == "reference":
         y = reference.conv2d(image, values, topology, bias, *conf)
-    elif name == "dense":
-        y = dense.conv2d(image, values, topology, bias, *conf)
+        if ticket is not None:
+            y = _Observe.apply(y, image, ticket, [*stride, *pads, *dilation, groups])
     else:
         # One of the two formats that the kernels read; a strided image is copied to the nearer one.
         if not (image.is_contiguous() or _ops.is_channels_last(image)):
@@ -161,9 +160,8 @@ def _conv2d(
             )
         ints = [list(pair) for pair in (kernel, stride, pads, dilation)]
         operands = (image, values.contiguous(), bias, topology.index)
-        y = product("conv2d", *operands, topology.rows, topology.cols, *ints, groups, ticket=ticket)
-    if ticket is not None and name in ("reference", "dense"):
-        y = _Observe.apply(y, image, ticket, [*stride, *pads, *dilation, groups])
+        kind = "dense_conv2d" if name == "dense" else "conv2d"
+        y = product(kind, *operands, topology.rows, topology.cols, *ints, groups, ticket=ticket)
     return (y if x.dim() == 4 else y.squeeze(0)).to(out_dtype)
 
 

@@ -5,6 +5,8 @@ computes the dense weight gradient one stripe of rows at a time with the dense l
 scores (|g|, or the norm of each block of g), and keeps only the scores of the active positions and the
 k best of the inactive ones: memory O(nnz + k + stripe). The result equals top-k over the whole dense
 gradient, ties going to the lowest position.
+
+On a GPU nothing is read on the host. For blocks all scores are kept there, one number a block.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor
 
 from . import _ops, dense
+from .backend import has_triton
 from .topology import Topology
 
 BLOCK_SCORES = ("l1", "l2")
@@ -43,6 +46,24 @@ class Growth:
     finite: bool
 
 
+@dataclass(frozen=True)
+class DeviceGrowth:
+    """What a scorer found on a GPU: what `rewiring.plan_rewiring` takes.
+
+    Attributes:
+        active: `[n_blocks]` scores of the active positions, in value order.
+        positions: `[k]` int64 for single weights: the best inactive positions, best first, ties to the
+            lowest. None for blocks.
+        scores: `[k]` their scores; for blocks those of all positions, `[rows * cols]`.
+        finite: 0-d bool: False if any score of the layer is NaN or infinite; the rest is then meaningless.
+    """
+
+    active: Tensor
+    positions: Tensor | None
+    scores: Tensor
+    finite: Tensor
+
+
 class GradientSum:
     """A dense weight gradient, as the pairs (input, output gradient) that it is the sum of.
 
@@ -63,6 +84,17 @@ class GradientSum:
         held = [t for pair in self._pairs for t in pair if isinstance(t, Tensor)]
         held += [] if self._total is None else [self._total]
         return sum(t.numel() * t.element_size() for t in held)
+
+    @property
+    def tokens(self) -> tuple[Tensor, Tensor] | None:
+        """All pairs of a Linear as one; None if they are not kept, or of several dtypes."""
+        pairs = self._pairs
+        if self._total is not None or not pairs or len(self._topology.shape) != 2:
+            return None
+        if len({t.dtype for pair in pairs for t in pair}) > 1:
+            return None
+        x, dy = zip(*pairs, strict=True)
+        return (x[0], dy[0]) if len(pairs) == 1 else (torch.cat(x), torch.cat(dy))
 
     def add(self, x: Tensor, dy: Tensor, *conf: Any) -> None:
         """One pair: `x [tokens, in]`, `dy [tokens, out]` of a Linear; images and settings of a Conv2d."""
@@ -95,7 +127,7 @@ class GradientSum:
         topology = self._topology
         stripe_of: Any = dense.linear_stripe if len(topology.shape) == 2 else dense.conv2d_stripe
         pairs = [(_wide(x), _wide(dy), *conf) for x, dy, *conf in self._pairs]
-        for begin, end in dense.stripes(topology) if pairs else ():
+        for begin, end in dense.stripes(topology, pairs[0][0].device.type) if pairs else ():
             with dense.no_autocast(pairs[0][0].device.type):
                 parts = (stripe_of(x, dy, topology, begin, end, *conf) for x, dy, *conf in pairs)
                 yield begin, functools.reduce(Tensor.add_, parts)
@@ -106,7 +138,7 @@ class GradientSum:
             yield from self._stripes_of_pairs()
             return
         b_out = self._topology.block_size[0]
-        for begin, end in dense.stripes(self._topology):
+        for begin, end in dense.stripes(self._topology, self._total.device.type):
             yield begin, self._total[begin * b_out : end * b_out].clone()
 
 
@@ -150,7 +182,7 @@ class GrowthScorer:
     def reset(self) -> None:
         """Forget what was shown (the gradients it belongs to were zeroed)."""
         self.observed, self.refusal = 0, ""
-        self._growth: Growth | None = None
+        self._growth: Growth | DeviceGrowth | None = None
         self._gradient = GradientSum(self.topology)
 
     def refuse(self, reason: str) -> None:
@@ -171,8 +203,8 @@ class GrowthScorer:
         elif self.observed == 1:
             self._growth = self._score(gradient)
 
-    def result(self) -> Growth:
-        """The scores and candidates.
+    def result(self) -> Growth | DeviceGrowth:
+        """The scores and candidates; a DeviceGrowth if the topology has the layout of a GPU.
 
         Raises:
             RuntimeError: nothing was shown, more than one pass without `defer`, or what is not the gradient.
@@ -187,20 +219,22 @@ class GrowthScorer:
             raise RuntimeError(f"{self.observed} backward passes were seen where one was expected")
         return self._growth
 
-    @torch.no_grad()
-    def _score(self, gradient: GradientSum) -> Growth:
+    def _score(self, gradient: GradientSum) -> Growth | DeviceGrowth:
+        with torch.no_grad():
+            if not self.topology._gpu:
+                return self._score_on_host(gradient)
+            if not self.topology.is_bsr:
+                return best_weights(gradient, self.topology, self.k)
+            scores = score_matrix(gradient, self.topology, self.block_score).flatten()
+            return DeviceGrowth(scores[self.topology.positions()], None, scores, scores.isfinite().all())
+
+    def _score_on_host(self, gradient: GradientSum) -> Growth:
         topology, found = self.topology, 0
         index, device = topology.index.cpu(), topology.device
         active = best_scores = torch.empty(0, device="cpu")
         best_positions = torch.empty(2 * self.k + 1024, dtype=torch.int64, device="cpu")
         for begin, rows in gradient.stripes():
-            blocks = dense.stripe_to_blocks(rows, topology).flatten(2)
-            if topology.block_numel == 1:
-                scores = blocks.squeeze(-1).abs_()
-            elif self.block_score == "l1":
-                scores = blocks.abs().sum(-1)
-            else:
-                scores = blocks.square().sum(-1).sqrt()
+            scores = _norms(rows, topology, self.block_score)
             if begin == 0:
                 device = scores.device
                 active = scores.new_zeros(topology.n_blocks, device="cpu")
@@ -217,7 +251,103 @@ class GrowthScorer:
         return Growth(active.to(device), best_positions[order].to(device), best_scores.to(device), finite)
 
 
-@torch.library.impl("sparse_kernels::observe", "default")
+def _norms(rows: Tensor, topology: Topology, block_score: str) -> Tensor:
+    """Scores of a stripe of the dense gradient, which is written to: `[block rows, cols]`."""
+    blocks = dense.stripe_to_blocks(rows, topology).flatten(2)
+    if topology.block_numel == 1:
+        return blocks.squeeze(-1).abs_()
+    return blocks.abs().sum(-1) if block_score == "l1" else blocks.square().sum(-1).sqrt()
+
+
+def score_matrix(gradient: GradientSum, topology: Topology, block_score: str) -> Tensor:
+    """Norms of all blocks of the dense gradient, `[rows, cols]`, float32 or float64.
+
+    On a GPU this is all the arithmetic of a topology batch that is not sparse. Its operator for Linear may be
+    one kernel, which takes norms while it multiplies.
+    """
+    if (tokens := gradient.tokens) is not None:
+        return _ops.growth_norms(*tokens, *topology.block_size, block_score)  # type: ignore[no-any-return]
+    parts = [_norms(rows, topology, block_score) for _, rows in gradient.stripes()]
+    return torch.cat(parts) if parts else torch.zeros(topology.rows, topology.cols, device=topology.device)
+
+
+def best_weights(gradient: GradientSum, topology: Topology, k: int) -> DeviceGrowth:
+    """Scores of the active single weights and the k best inactive ones, without a read on the host.
+
+    The same for single weights as `score_matrix` for blocks, which are few enough to keep them all.
+    """
+    tokens = gradient.tokens
+    if tokens is not None and k > 0 and _by_kernel(*tokens):
+        return _best_of_list(*tokens, topology, k)
+    n, device = topology.n_blocks, topology.device
+    flat, row_ptr = topology.positions(), topology.row_ptr.long()
+    active = best = torch.zeros(0, device=device)
+    positions = torch.zeros(0, dtype=torch.int64, device=device)
+    finite = torch.ones((), dtype=torch.bool, device=device)
+    for begin, rows in gradient.stripes():
+        size, first = rows.numel(), begin * topology.cols
+        if begin == 0:
+            active, best = rows.new_zeros(n + 1), rows.new_zeros(0)
+        score = torch.cat([_norms(rows, topology, "l1").flatten(), rows.new_zeros(1)])
+        finite &= score.isfinite().all()
+        # Active positions of the stripe: their number is known on the device only, its bound here. The rest
+        # of this many go to a place of their own, behind the others.
+        entry = torch.arange(min(n, size), device=device) + row_ptr[begin]
+        live = entry < row_ptr[begin + rows.shape[0]]
+        place = torch.where(live, flat[entry.clamp(max=max(n - 1, 0))] - first, size) if n else entry
+        active.scatter_(0, torch.where(live, entry, n), score[place])
+        score.scatter_(0, place, -torch.inf)
+        score[size] = -torch.inf
+        found = _first_largest(score[:size], min(k, size))
+        # Candidates so far come first, in order and at lower positions: a stable sort leaves ties right.
+        best, order = torch.cat([best, score[found]]).sort(descending=True, stable=True)
+        best, order = best[:k], order[:k]
+        positions = torch.cat([positions, found + first])[order]
+    return DeviceGrowth(active[:n], positions, best, finite)
+
+
+def _by_kernel(x: Tensor, dy: Tensor) -> bool:
+    """Whether a Triton kernel can take candidates while it multiplies."""
+    if not has_triton(x.device.type):
+        return False
+    from .triton import growth
+
+    return growth.takes(x, dy)
+
+
+def _best_of_list(x: Tensor, dy: Tensor, topology: Topology, k: int) -> DeviceGrowth:
+    """`best_weights` from the list of candidates that a kernel makes.
+
+    Active positions that are not in the list have no chance against k that are: their score is -inf.
+    """
+    from .triton import growth, operators
+
+    n, active = topology.n_blocks, topology.positions()
+    if topology.growth_guess is None or topology.growth_guess.device != x.device:
+        topology.growth_guess = torch.full((), torch.inf, device=x.device)
+    positions, scores, finite = operators.growth_candidates(x, dy, active, k, topology.growth_guess)
+    positions, order = positions.long().sort()
+    scores = scores[order]
+    taken = growth.contains(active, positions)
+    place = torch.where(taken, torch.searchsorted(active, positions), n)
+    of_active = scores.new_full((n + 1,), -torch.inf).scatter_(0, place, scores)[:n]
+    best, order = scores.masked_fill(taken, -torch.inf).sort(descending=True, stable=True)
+    cut = 0.7 * best[k - 1]  # the next update's will not be far from it
+    topology.growth_guess.copy_(torch.where(cut > 0, cut, torch.inf))
+    return DeviceGrowth(of_active, positions[order[:k]], best[:k], finite)
+
+
+def _first_largest(score: Tensor, k: int) -> Tensor:
+    """Indices of the k largest, ascending; of equal ones the lowest, where `topk` would choose any."""
+    if k == 0:
+        return torch.zeros(0, dtype=torch.int64, device=score.device)
+    threshold = score.topk(k, sorted=False).values.amin()
+    better, tied = score > threshold, score == threshold
+    chosen = better | (tied & (tied.cumsum(0) <= k - better.sum()))
+    wanted = torch.arange(1, k + 1, device=score.device)
+    return torch.searchsorted(chosen.cumsum(0), wanted).clamp_(max=score.numel() - 1)
+
+
 def _observe(ticket: Tensor, x: Tensor, dy: Tensor, conf: list[int], exact: bool) -> None:
     """What a layer's backward calls: shows a pair to the scorer of the ticket, if that is still there.
 
@@ -231,3 +361,6 @@ def _observe(ticket: Tensor, x: Tensor, dy: Tensor, conf: list[int], exact: bool
         scorer.refuse('derivatives of gradients are scored by backend "cpu" only')
     settings = (tuple(conf[:2]), tuple(conf[2:4]), tuple(conf[4:6]), conf[6]) if conf else ()
     scorer.observe(x, dy, *settings)
+
+
+torch.library.impl("sparse_kernels::observe", "default", _observe)

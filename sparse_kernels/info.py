@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 import re
@@ -12,9 +13,12 @@ import torch
 import sparse_kernels
 
 from . import _load, _ops
+from .backend import has_triton
+from .triton.configs import is_tuned
 
 _VARIABLES = {
     "SPARSE_KERNELS_ISA": "instruction set of the CPU kernels (run time)",
+    "TRITON_INTERPRET": "1: Triton kernels run on CPU tensors, slowly (run time)",
     "SPARSE_KERNELS_CUDA": "whether to build the CUDA module: auto, 0 or 1 (build time)",
 }
 
@@ -51,15 +55,29 @@ def cpu_kernels() -> str:
         return "none in this build of _C: products run as plain torch"
 
 
+def gpu_kernels() -> str:
+    """Which Triton would compile the GPU kernels, or why they cannot run."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "cannot run: Triton is not installed (a CUDA build of torch brings it)"
+    if has_triton("cpu"):
+        return f"Triton {version}, interpreted on the CPU (TRITON_INTERPRET=1)"
+    if not torch.cuda.is_available():
+        return f"Triton {version} is there, a GPU is not"
+    tuned = (
+        "tuned here" if is_tuned(torch.cuda.get_device_name()) else "launches by rule, not tuned for this GPU"
+    )
+    return f"Triton {version}; {tuned}"
+
+
 def gpu_state() -> str:
-    """What is there of a GPU; this release does not use it."""
+    """What torch sees of a GPU."""
     if torch.version.cuda is None:
-        seen = "this torch is built without CUDA"
-    elif torch.cuda.is_available():
-        seen = f"torch sees {torch.cuda.get_device_name()} (CUDA {torch.version.cuda})"
-    else:
-        seen = f"torch is built for CUDA {torch.version.cuda} but sees no device"
-    return f"no GPU kernels in this release; {seen}"
+        return "none: this torch is built without CUDA"
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()} (CUDA {torch.version.cuda})"
+    return f"none: torch is built for CUDA {torch.version.cuda} but sees no device"
 
 
 def collect() -> dict[str, str]:
@@ -71,8 +89,9 @@ def collect() -> dict[str, str]:
         "CPU": f"{cpu_name()}, torch uses {torch.get_num_threads()} threads",
         "CPU kernels": cpu_kernels(),
         "_C": _module_state("_C"),
-        "_C_cuda": _module_state("_C_cuda"),
+        "_C_cuda": _module_state("_C_cuda") + "; it holds no kernels yet",
         "GPU": gpu_state(),
+        "GPU kernels": gpu_kernels(),
     }
     for name, meaning in _VARIABLES.items():
         found[name] = f"{os.environ.get(name, 'not set')}    ({meaning})"

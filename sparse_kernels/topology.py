@@ -6,23 +6,35 @@ weight's memory. With `block_size = (1, 1)` that grid is the weight itself, and 
 (`row * cols + col`) is the flat index into it. Stored are CSR arrays over that grid for the products
 that run along rows (forward, weight gradient) and their transpose for the input gradient.
 
-All arrays are views of one int32 tensor, `index`. An update builds a complete new one on the side,
-checks it, and copies it over in a single `copy_`: addresses never change, and an error anywhere
+All arrays are views of one int32 tensor, `index` (layout.py). An update builds a complete new one on the
+side, checks it, and copies it over in a single `copy_`: addresses never change, and an error anywhere
 leaves the old topology intact.
+
+The values of blocks stand in *slots*: an update on a GPU gives the slots of the blocks that go to those that
+come, and moves none. "Value order" is the order of the slots; only after an update on the CPU, and for CSR
+weights, is it the order of the positions.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _ops
-from .positions import active_count, check_integers, draw_positions, fitting_blocks, normalize_block_size
+from . import _ops, layout
+from .positions import (
+    active_count,
+    block_grid,
+    check_count,
+    check_csr,
+    check_integers,
+    check_positions,
+    check_slot,
+    draw_positions,
+)
 
-INT32_MAX = 2**31 - 1
+_VIEWS = ("index", "row_ptr", "col_idx", "col_ptr", "slot", "_arrays")  # what `_bind` sets
 
 
 class Topology:
@@ -38,7 +50,11 @@ class Topology:
         row_ptr: `[rows + 1]`; the positions of row r are `row_ptr[r]:row_ptr[r+1]`.
         col_idx: `[n_blocks]`; the column of each position, ascending within a row.
         col_ptr: `[groups * cols + 1]`; the same by columns (each group has its own columns).
+        slot: `[n_blocks]`; where each block in row order has its values. None for CSR.
     """
+
+    growth_guess: Tensor | None = None  # a score that the best inactive weights may reach (growth.py)
+    _gpu = False  # whether `index` is laid out as on a GPU
 
     def __init__(
         self,
@@ -69,8 +85,10 @@ class Topology:
         if device.type == "meta":
             device = torch.device("cpu")
         flat = positions.detach().to("cpu", torch.int64).flatten().sort().values
-        self._check_positions(flat)
+        check_count(flat.numel())
+        check_positions(flat, self.rows * self.cols)
         self.n_blocks = flat.numel()
+        self._gpu = device.type == "cuda"
         self._bind(self._build(flat).to(device))
 
     # construction ---------------------------------------------------------------------------
@@ -90,7 +108,7 @@ class Topology:
         blank._set_geometry(shape, block_size, groups)
         total = blank.rows * blank.cols
         count = active_count(total, density)
-        cls._check_count(count)
+        check_count(count)
         positions = draw_positions(total, count, generator)
         return cls(positions, shape, block_size, groups, device)
 
@@ -103,73 +121,54 @@ class Topology:
         return cls(blocks.flatten().nonzero().flatten(), tuple(mask.shape), block_size, groups)
 
     def _set_geometry(self, shape: tuple[int, ...], block_size: int | tuple[int, int], groups: int) -> None:
-        shape = tuple(int(n) for n in shape)
-        if len(shape) not in (2, 4) or any(n < 0 for n in shape):
-            raise ValueError(
-                f"shape must be (out, in) or (out, in/groups, kh, kw) with sizes >= 0, got {shape}"
-            )
-        self.shape = shape
-        self.block_size = b_out, b_in = normalize_block_size(block_size)
-        if groups < 1 or shape[0] % groups:
-            raise ValueError(f"groups must divide out = {shape[0]}, got {groups}")
-        self.groups = groups
-        extents = {"out": shape[0] // groups, "in": shape[1]}
-        for (name, extent), block in zip(extents.items(), self.block_size, strict=True):
-            per = " per group" if groups > 1 else ""
-            if extent % block:
-                common = math.gcd(*extents.values()) if b_out == b_in else extent
-                raise ValueError(
-                    f"block size {block} does not divide the {name} dimension {extent}{per}; "
-                    f"sizes that fit: {fitting_blocks(common)}"
-                )
-        taps = shape[2] * shape[3] if len(shape) == 4 else 1
-        self.rows, self.cols = shape[0] // b_out, shape[1] // b_in * taps
-        self.taps = taps
-        if max(self.rows, self.cols * groups) >= INT32_MAX:
-            raise ValueError(
-                f"the block grid {self.rows} x {self.cols} exceeds the int32 index range (2^31 - 2 a side)"
-            )
+        grid = block_grid(shape, block_size, groups)
+        self.shape, self.block_size, self.groups = grid.shape, grid.block_size, groups
+        self.rows, self.cols, self.taps = grid.rows, grid.cols, grid.taps
 
-    @staticmethod
-    def _check_count(count: int) -> None:
-        if count > INT32_MAX:
-            raise ValueError(f"{count} active positions exceed the int32 index range (2^31 - 1)")
+    def _build(self, flat: Tensor, slot: Tensor | None = None) -> Tensor:
+        """A CPU index of sorted positions; `slot`: where their values stand, if not in this order."""
+        index = _ops.index_build(flat, self.rows, self.cols, self.groups, self._plans)
+        if slot is not None:
+            arrays = layout.split(index, *self._grid, gpu=False)
+            assert arrays.slot is not None
+            assert arrays.perm is not None
+            arrays.slot.copy_(slot)
+            arrays.perm.copy_(slot[arrays.perm.long()])
+        return self._with_tail(index)
 
-    def _check_positions(self, flat: Tensor) -> None:
-        """`flat`: sorted int64 positions on the CPU."""
-        self._check_count(flat.numel())
-        if flat.numel() == 0:
-            return
-        low, high, total = int(flat[0]), int(flat[-1]), self.rows * self.cols
-        if low < 0 or high >= total:
-            bad = low if low < 0 else high
-            raise ValueError(f"position {bad} is out of range [0, {total})")
-        repeated = (flat[1:] == flat[:-1]).nonzero()
-        if repeated.numel():
-            raise ValueError(f"position {int(flat[repeated[0, 0]])} occurs more than once")
+    def _with_tail(self, index: Tensor) -> Tensor:
+        """The index of a GPU's layout from the part that is the same everywhere."""
+        if not (self._gpu and self.is_bsr):
+            return index
+        arrays = layout.split(index, *self._grid, gpu=False)
+        tail = layout.tail(arrays.row_ptr, arrays.col_ptr, self.n_blocks, self.block_size[1])
+        return torch.cat([index, *(t.int() for t in tail)])
 
-    def _build(self, flat: Tensor) -> Tensor:
-        return _ops.index_build(flat, self.rows, self.cols, self.groups, self._plans)
+    @property
+    def _tail_size(self) -> int:
+        return sum(array.numel() for array in self._arrays[6:] if array is not None)
+
+    @property
+    def is_bsr(self) -> bool:
+        """Whether the positions are blocks."""
+        return self.block_size != (1, 1)
 
     @property
     def _plans(self) -> int:
-        """Which schedules of the CSR CPU kernels `index` carries behind the arrays (csrc/common/index.h)."""
-        if self.block_size != (1, 1):
-            return 0
-        return 2 if len(self.shape) == 2 else 1
+        """What `index` holds besides the arrays of every topology (`Plans` in csrc/common/index.h)."""
+        if self.is_bsr:
+            return 3
+        return 0 if self._gpu else 2 if len(self.shape) == 2 else 1
+
+    @property
+    def _grid(self) -> tuple[int, int, int, int, bool]:
+        return self.n_blocks, self.rows, self.cols, self.groups, self.is_bsr
 
     def _bind(self, index: Tensor) -> None:
         self.index = index
-        sizes = self._sizes()
-        self.row_ptr, self.col_idx, self.col_ptr, *self._transpose = index[: sum(sizes.values())].split(
-            list(sizes.values())
-        )
-
-    def _sizes(self) -> dict[str, int]:
-        """The arrays at the front of `index`, in order (csrc/common/index.h)."""
-        n = self.n_blocks
-        sizes = {"row_ptr": self.rows + 1, "col_idx": n, "col_ptr": self.groups * self.cols + 1}
-        return sizes if self._plans == 2 else {**sizes, "row_idx": n, "perm": n}
+        self._arrays = layout.split(index, *self._grid, self._gpu, self.block_size[1], self._plans != 2)
+        self.row_ptr, self.col_idx, self.col_ptr = self._arrays[:3]
+        self.slot = self._arrays.slot
 
     @property
     def row_idx(self) -> Tensor:
@@ -177,15 +176,16 @@ class Topology:
 
         This and `perm` are computed here for CSR weights of a Linear, whose kernels have no use for them.
         """
-        if self._transpose:
-            return self._transpose[0]
+        if self._arrays.row_idx is not None:
+            return self._arrays.row_idx
         rows = torch.arange(self.rows, dtype=torch.int32, device=self.device)
         return rows.repeat_interleave(self.row_ptr.diff(), output_size=self.n_blocks)[self.perm]
 
     @property
     def perm(self) -> Tensor:
-        """`[n_blocks]` int32: where the value of each position in column order stands in row order."""
-        return self._transpose[1] if self._transpose else self.col_idx.argsort(stable=True).int()
+        """`[n_blocks]` int32: where the value of each position in column order stands."""
+        perm = self._arrays.perm
+        return self.col_idx.argsort(stable=True).int() if perm is None else perm
 
     # size and place -------------------------------------------------------------------------
 
@@ -202,7 +202,7 @@ class Topology:
     @property
     def values_shape(self) -> tuple[int, ...]:
         """Shape of the values: `(nnz,)` for CSR, `(n_blocks, b_out, b_in)` for BSR."""
-        return (self.n_blocks,) if self.block_size == (1, 1) else (self.n_blocks, *self.block_size)
+        return (self.n_blocks, *self.block_size) if self.is_bsr else (self.n_blocks,)
 
     @property
     def density(self) -> float:
@@ -223,10 +223,33 @@ class Topology:
 
     def clone(self, device: torch.device | str | None = None) -> Topology:
         """A copy with memory of its own, on `device` (default: the same)."""
+        device = torch.device(device or self.device)
+        return self._copy(device, self._gpu if device == self.device else device.type == "cuda")
+
+    def _with_layout(self, name: str) -> Topology:
+        """A copy on the same device, laid out as for the "cpu" or the "gpu": CPU tensors can have both."""
+        return self._copy(self.device, name == "gpu")
+
+    def _copy(self, device: torch.device, gpu: bool) -> Topology:
         other = Topology.__new__(Topology)
-        other.__dict__.update({k: v for k, v in self.__dict__.items() if not isinstance(v, Tensor)})
-        other._bind(self.index.to(device or self.device, copy=True))
+        other.__dict__.update({k: v for k, v in self.__dict__.items() if k not in _VIEWS})
+        other._gpu = gpu
+        if gpu == self._gpu:
+            index = self.index.to(device, copy=True)
+        else:
+            index = other._build(*self._contents()).to(device)
+        other._bind(index)
         return other
+
+    def _contents(self) -> tuple[Tensor, Tensor | None]:
+        """What defines the topology: positions in row order, and slots if there are any. On the CPU."""
+        return self._row_positions().cpu(), None if self.slot is None else self.slot.cpu()
+
+    @property
+    def _slots_moved(self) -> bool:
+        """Whether value order is not the order of the positions. Synchronises with a GPU."""
+        slot = self.slot
+        return slot is not None and not torch.equal(slot, torch.arange(len(slot), device=slot.device).int())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Topology:
         return self.clone()
@@ -239,23 +262,31 @@ class Topology:
             "groups": self.groups,
             "row_ptr": self.row_ptr.cpu().clone(),
             "col_idx": self.col_idx.cpu().clone(),
+            "slot": None if self.slot is None else self.slot.cpu().clone(),
+            "gpu": self._gpu,
             "device": str(self.device),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._set_geometry(state["shape"], state["block_size"], state["groups"])
         self.n_blocks = state["col_idx"].numel()
-        flat = self.check_arrays(state["row_ptr"], state["col_idx"])
-        self._bind(self._build(flat).to(state["device"]))
+        self._gpu = state.get("gpu", False)
+        index = self.build(state["row_ptr"], state["col_idx"], state.get("slot"))
+        self._bind(index.to(state["device"]))
 
     def __repr__(self) -> str:
-        kind = "CSR" if self.block_size == (1, 1) else f"BSR {self.block_size[0]}x{self.block_size[1]}"
+        kind = f"BSR {self.block_size[0]}x{self.block_size[1]}" if self.is_bsr else "CSR"
         return f"Topology({kind}, shape={self.shape}, nnz={self.nnz}, density={self.density:.4g})"
 
     # contents -------------------------------------------------------------------------------
 
     def positions(self) -> Tensor:
-        """`[n_blocks]` int64: the flat position of every active block, ascending (= value order)."""
+        """`[n_blocks]` int64: the flat position of every active block, in value order."""
+        flat = self._row_positions()
+        return flat if self.slot is None else torch.empty_like(flat).scatter_(0, self.slot.long(), flat)
+
+    def _row_positions(self) -> Tensor:
+        """The same, ascending."""
         counts = self.row_ptr.diff().long()
         rows = torch.arange(self.rows, device=self.device).repeat_interleave(
             counts, output_size=self.n_blocks
@@ -288,12 +319,12 @@ class Topology:
         if tuple(dense.shape) != self.shape:
             raise ValueError(f"expected a dense weight of shape {self.shape}, got {tuple(dense.shape)}")
         blocks = self.to_blocks(dense).flatten(0, 1)[self.positions()]
-        return blocks.flatten() if self.block_size == (1, 1) else blocks
+        return blocks if self.is_bsr else blocks.flatten()
 
     # changes --------------------------------------------------------------------------------
 
     def update_(self, drop: Tensor, grow: Tensor) -> Tensor:
-        """Drop some active positions and add as many others, in place. O(nnz + k log k).
+        """Drop some active positions and add as many others, in place. O(nnz + k log k), on the CPU.
 
         Args:
             drop: `[k]` int64, distinct indices into the value order (`0 <= i < n_blocks`).
@@ -303,7 +334,8 @@ class Topology:
         Returns:
             source: `[n_blocks]` int64 on the topology's device: for each place in the new value
             order the place its value had before, or -1 where the position is new. Use
-            `reorder_(tensor, source)` to bring values and optimizer state along.
+            `reorder_(tensor, source)` to bring values and optimizer state along. The new value order
+            is that of the positions.
 
         Raises:
             ValueError: out of range, repeated or already active positions, or `drop` and `grow` of
@@ -320,7 +352,7 @@ class Topology:
             )
         try:
             index, source = _ops.index_update(
-                self.index.cpu(),
+                self.index[: self.index.numel() - self._tail_size].cpu(),
                 self.n_blocks,
                 self.rows,
                 self.cols,
@@ -332,81 +364,46 @@ class Topology:
         except RuntimeError as error:
             # What the operator's checks found; the text before it is their place in the source.
             raise ValueError(str(error).splitlines()[0].split(", ", 2)[-1]) from None
-        self.index.copy_(index)
+        self.index.copy_(self._with_tail(index))
         return source.to(self.device)
 
-    def load_arrays_(self, row_ptr: Tensor, col_idx: Tensor) -> None:
+    def load_arrays_(self, row_ptr: Tensor, col_idx: Tensor, slot: Tensor | None = None) -> None:
         """Replace the contents by other CSR arrays with the same number of positions, in place.
+
+        Args:
+            row_ptr: `[rows + 1]` integers.
+            col_idx: `[n_blocks]` integers, ascending within a row.
+            slot: `[n_blocks]` integers, for blocks: a permutation. None: values are in the order of the
+                positions.
 
         Raises:
             ValueError, TypeError: arrays that are not a valid topology of this shape and count.
                 The topology is unchanged then.
         """
-        self.index.copy_(self.build(row_ptr, col_idx))
+        self.index.copy_(self.build(row_ptr, col_idx, slot))
 
-    def build(self, row_ptr: Tensor, col_idx: Tensor) -> Tensor:
+    def build(self, row_ptr: Tensor, col_idx: Tensor, slot: Tensor | None = None) -> Tensor:
         """What `index` is for other CSR arrays; arguments and errors as in `load_arrays_`."""
-        return self._build(self.check_arrays(row_ptr, col_idx))
+        flat = self.check_arrays(row_ptr, col_idx)
+        if slot is not None:
+            if not self.is_bsr:
+                raise ValueError("slot is for blocks, but these are single weights (CSR): leave it out")
+            slot = check_slot(slot, self.n_blocks)
+        return self._build(flat, slot)
 
     def check_arrays(self, row_ptr: Tensor, col_idx: Tensor) -> Tensor:
         """Check foreign CSR arrays against this shape and count; return their positions (int64, CPU)."""
-        for name, t, size in (
-            ("row_ptr", row_ptr, self.rows + 1),
-            ("col_idx", col_idx, self.n_blocks),
-        ):
-            check_integers(name, t)
-            if tuple(t.shape) != (size,):
-                raise ValueError(f"{name} must have shape ({size},), got {tuple(t.shape)}")
-        ptr, cols = row_ptr.detach().cpu().long(), col_idx.detach().cpu().long()
-        if int(ptr[0]) != 0 or int(ptr[-1]) != self.n_blocks:
-            raise ValueError(
-                f"row_ptr must run from 0 to {self.n_blocks}, got {int(ptr[0])} to {int(ptr[-1])}"
-            )
-        counts = ptr.diff()
-        if counts.numel() and int(counts.min()) < 0:
-            raise ValueError(f"row_ptr must not decrease, but does at row {int(counts.argmin())}")
-        if cols.numel() and (int(cols.min()) < 0 or int(cols.max()) >= self.cols):
-            bad = int(cols.min()) if int(cols.min()) < 0 else int(cols.max())
-            raise ValueError(f"col_idx holds {bad}, out of range [0, {self.cols})")
-        rows = torch.arange(self.rows, device="cpu").repeat_interleave(counts)
-        flat = rows * self.cols + cols
-        if flat.numel() > 1 and not bool((flat[1:] > flat[:-1]).all()):
-            at = int((flat[1:] <= flat[:-1]).nonzero()[0, 0]) + 1
-            raise ValueError(
-                f"col_idx must ascend strictly within a row, but not at entry {at} (row {int(rows[at])}): "
-                "a repeated or unsorted column"
-            )
-        return flat
+        return check_csr(row_ptr, col_idx, self.rows, self.cols, self.n_blocks)
 
     def validate(self) -> None:
         """Check every invariant (O(nnz), synchronises). Raises ValueError naming the first broken array."""
-        flat = self.check_arrays(self.row_ptr, self.col_idx)
-        fresh = self._build(flat)
+        fresh = self.build(self.row_ptr, self.col_idx, self.slot)
         old = self.index.cpu()
         if not torch.equal(fresh, old):
             at = int((fresh != old).nonzero()[0, 0])
             edge = 0
-            for name, size in self._sizes().items():
-                edge += size
+            for name, array in zip(layout.Arrays._fields, self._arrays, strict=True):
+                edge += 0 if array is None else array.numel()
                 if at < edge:
                     raise ValueError(f"{name} is not the one that row_ptr and col_idx imply")
             raise ValueError("the kernel schedule is not the one that row_ptr and col_idx imply")
-
-
-def reorder_(tensor: Tensor, source: Tensor) -> Tensor:
-    """Bring a tensor in value order along an update, in place: `tensor[i] = old[source[i]]`, 0 where new.
-
-    Args:
-        tensor: `[nnz]` or `[n_blocks, ...]`: values, a gradient, or an optimizer's state.
-        source: what `Topology.update_` returned.
-    """
-    if tensor.shape[:1] != source.shape:
-        raise ValueError(
-            f"expected {source.numel()} entries along dimension 0, got shape {tuple(tensor.shape)}"
-        )
-    source = source.to(tensor.device)
-    with torch.no_grad():
-        moved = tensor.index_select(0, source.clamp_min(0))
-        moved[source < 0] = 0
-        tensor.copy_(moved)
-    return tensor

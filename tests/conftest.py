@@ -8,9 +8,12 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @pytest.fixture(autouse=True)
@@ -51,3 +54,37 @@ def run_script(tmp_path: Path) -> Callable[..., str]:
         return done.stdout
 
     return run
+
+
+class NoHostReads(TorchDispatchMode):
+    """Raises where an operation would wait for a GPU: it reads a value, or has a shape that depends on one.
+
+    `Tensor.tolist` of a CPU tensor cannot be seen.
+    """
+
+    READS = (
+        "_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "nonzero_numpy", "argwhere",
+        "masked_select", "unique", "_unique", "_unique2", "unique_dim", "unique_consecutive", "bincount",
+    )  # fmt: skip
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name, kwargs = func.overloadpacket.__name__, kwargs or {}
+        masks = (torch.bool, torch.uint8)
+        if (
+            name in self.READS
+            or (name == "repeat_interleave" and kwargs.get("output_size") is None)
+            or (
+                name in ("index", "index_put", "index_put_")
+                and any(isinstance(t, Tensor) and t.dtype in masks for t in args[1])
+            )
+        ):
+            raise AssertionError(f"{name} waits for the device")
+        return func(*args, **kwargs)
+
+
+@pytest.fixture
+def no_host_reads() -> type[TorchDispatchMode]:
+    """A context in which nothing may be read on the host."""
+    return NoHostReads

@@ -33,7 +33,7 @@ inline void check_size(const Tensor& t, int64_t dim, int64_t size, const char* n
 }
 
 inline Plans plans_of(int64_t kind) {
-  STD_TORCH_CHECK(kind >= 0 && kind <= 2, "plans must be 0, 1 or 2, got ", kind);
+  STD_TORCH_CHECK(kind >= 0 && kind <= 3, "plans must be 0, 1, 2 or 3, got ", kind);
   return static_cast<Plans>(kind);
 }
 

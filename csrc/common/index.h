@@ -2,8 +2,13 @@
 //
 //   row_ptr [rows + 1] | col_idx [n] | col_ptr [groups * cols + 1]
 //   and, but for CSR weights of a Linear: row_idx [n] | perm [n], the same by columns
+//   and, for blocks: slot [n] = where the values of each block stand, so that they need not move when blocks
+//   come and go
 //   and, for CSR weights, plans: the order in which the CPU kernels take the entries. Conv2d has one of
 //   the rows; Linear has one of the rows and one of the columns, with its entries in that order.
+//
+// perm says where the value of each position in column order stands: its slot, for blocks. On a GPU there
+// are no plans; what blocks have there instead follows the arrays above (sparse_kernels/layout.py).
 //
 // A plan cuts the columns (of its direction) into tiles whose panel of activations stays in L1, and the
 // rows into blocks, which threads may share out; tile t and block b make piece t * blocks + b. It lists
@@ -12,7 +17,7 @@
 //   piece_segment [pieces + 1] | piece_entry [pieces + 1] | segments [capacity][2] = (row, length)
 //   and for rows: begin [capacity] = where the values of a segment start
 //   and for Linear: near [n] (16 bits each) = column within the tile, times kNear
-//   and for the columns of Linear: slot [n] = where every value stands in the plan
+//   and for the columns of Linear: place [n] = where every value stands in the plan
 #pragma once
 
 #include <algorithm>
@@ -28,14 +33,15 @@ struct RowLength {
 constexpr int64_t kNear = 32;  // times up to 8, which an address can hold, a panel's row of 4 cells
 constexpr int64_t kWidest = 65536 / kNear;  // columns of a tile at most
 
-enum class Plans : int64_t { kNone = 0, kConv = 1, kLinear = 2 };
+// What follows row_ptr, col_idx and col_ptr. kNone: CSR weights without plans, as on a GPU.
+enum class Plans : int64_t { kNone = 0, kConv = 1, kLinear = 2, kBlocks = 3 };
 
 struct PlanShape {
   int64_t rows, n;                  // as of the direction; entries
   int64_t width, tiles;             // columns a tile
   int64_t block, blocks;            // rows a block
   int64_t capacity;                 // segments at most
-  bool begins, entries, reordered;  // holds `begin`; holds `near`; holds `slot`
+  bool begins, entries, reordered;  // holds `begin`; holds `near`; holds `place`
 
   int64_t pieces() const { return tiles * blocks; }
   int64_t size() const {
@@ -65,6 +71,8 @@ struct IndexShape {
   Plans plans;
 
   bool transposed() const { return plans != Plans::kLinear; }  // holds row_idx and perm
+  bool blocks() const { return plans == Plans::kBlocks; }      // holds slot
+  bool planned() const { return plans == Plans::kConv || plans == Plans::kLinear; }
 
   PlanShape row_plan() const {
     PlanShape plan = plan_shape(rows, cols, n);
@@ -82,8 +90,8 @@ struct IndexShape {
     return plan;
   }
   int64_t size() const {
-    int64_t total = rows + 1 + n + groups * cols + 1 + (transposed() ? 2 * n : 0);
-    if (plans != Plans::kNone) total += row_plan().size();
+    int64_t total = rows + 1 + n + groups * cols + 1 + (transposed() ? 2 * n : 0) + (blocks() ? n : 0);
+    if (planned()) total += row_plan().size();
     if (plans == Plans::kLinear) total += col_plan().size();
     return total;
   }
@@ -94,7 +102,7 @@ template <class Int>
 struct PlanView {
   PlanShape shape{};
   Int *piece_segment = nullptr, *piece_entry = nullptr, *segments = nullptr, *begin = nullptr,
-      *near_entries = nullptr, *slot = nullptr;
+      *near_entries = nullptr, *place = nullptr;
 
   PlanView() = default;
   PlanView(Int* base, const PlanShape& s) : shape(s) {
@@ -103,7 +111,7 @@ struct PlanView {
     segments = piece_entry + s.pieces() + 1;
     begin = segments + 2 * s.capacity;
     near_entries = begin + (s.begins ? s.capacity : 0);
-    slot = near_entries + (s.entries ? (s.n + 1) / 2 : 0);
+    place = near_entries + (s.entries ? (s.n + 1) / 2 : 0);
   }
 
   // The arrays whose elements are not int32.
@@ -114,7 +122,7 @@ struct PlanView {
 template <class Int>  // int32_t or const int32_t
 struct IndexView {
   IndexShape shape;
-  Int *row_ptr, *col_idx, *col_ptr, *row_idx, *perm;
+  Int *row_ptr, *col_idx, *col_ptr, *row_idx, *perm, *slot;
   PlanView<Int> row_plan, col_plan;
 
   IndexView(Int* base, IndexShape s) : shape(s) {
@@ -123,8 +131,9 @@ struct IndexView {
     col_ptr = col_idx + s.n;
     row_idx = col_ptr + s.groups * s.cols + 1;
     perm = row_idx + (s.transposed() ? s.n : 0);
-    Int* next = perm + (s.transposed() ? s.n : 0);
-    if (s.plans != Plans::kNone) row_plan = {next, s.row_plan()};
+    slot = perm + (s.transposed() ? s.n : 0);
+    Int* next = slot + (s.blocks() ? s.n : 0);
+    if (s.planned()) row_plan = {next, s.row_plan()};
     if (s.plans == Plans::kLinear) col_plan = {next + row_plan.shape.size(), s.col_plan()};
   }
 };

@@ -69,7 +69,7 @@ class WeightGradient {
               kernel_.bsr_sddmm(s_.b_out, s_.b_in, x_tile(xs, tile) + rows_.off[b], x_.pitch * kCellSize,
                                 x_cell.data() + c, d_tile(ds, tile) + d_.offset(r * s_.b_out, 0, 0),
                                 d_.pitch * kCellSize, d_cell.data() + c,
-                                std::min(step, rows[tile] * s_.x.out - c), dw + b * numel);
+                                std::min(step, rows[tile] * s_.x.out - c), dw + rows_.block[b] * numel);
     });
   }
 

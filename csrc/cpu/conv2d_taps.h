@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <numeric>
 #include <utility>
 
 #include "conv2d_tiles.h"
@@ -37,7 +36,7 @@ struct ConvShape {
   Axis y, x;
   bool csr, channels_last;
 
-  IndexShape index() const { return {rows, cols, groups, blocks, csr ? Plans::kConv : Plans::kNone}; }
+  IndexShape index() const { return {rows, cols, groups, blocks, csr ? Plans::kConv : Plans::kBlocks}; }
   int64_t taps() const { return y.kernel * x.kernel; }
   int64_t group_in() const { return in / groups; }
   int64_t group_of(int64_t row) const { return row / (rows / groups); }
@@ -90,8 +89,7 @@ Taps<T> row_taps(const ConvShape& s, const IndexView<const int32_t>& index, cons
                                                   [&](int32_t r) { return SegmentPlace{r, base(r)}; });
     return taps;
   }
-  taps.off.resize(s.blocks), taps.block.resize(s.blocks);
-  std::iota(taps.block.begin(), taps.block.end(), 0);
+  taps.off.resize(s.blocks), taps.block.assign(index.slot, index.slot + s.blocks);
   for (int64_t r = 0; r < s.rows; ++r) {
     for (int64_t i = index.row_ptr[r]; i < index.row_ptr[r + 1]; ++i)
       taps.off[i] = base(r) + table[index.col_idx[i]];

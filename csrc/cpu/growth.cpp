@@ -93,7 +93,7 @@ int64_t scan(const Tensor& scores, int64_t row_begin, IndexView<const int32_t> i
     for (int32_t i = index.row_ptr[row]; i < index.row_ptr[row + 1]; ++i) {
       const int64_t at = index.col_idx[i];
       best.offer_run(score + c, at - c, first + c);
-      out[i] = score[at];
+      out[index.shape.blocks() ? index.slot[i] : i] = score[at];
       c = at + 1;
     }
     best.offer_run(score + c, cols - c, first + c);

@@ -88,7 +88,7 @@ void weight_gradient(const LinearShape& shape, const Side<T>& side, int64_t cell
         for (int64_t b = row.begin; b < row.end; ++b)
           kernel.bsr_sddmm(shape.b_out, shape.b_in, x0 + row.off[b], pitch, x_cell.data(),
                            d0 + r * shape.b_out * pitch, pitch, d_cell.data(),
-                           static_cast<int64_t>(x_cell.size()), dw + b * row.block_numel);
+                           static_cast<int64_t>(x_cell.size()), dw + row.block[b] * row.block_numel);
       }
     }
   });

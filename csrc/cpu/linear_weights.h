@@ -12,7 +12,7 @@ namespace sparse_kernels {
 struct LinearShape {
   int64_t tokens, in, out, rows, cols, b_out, b_in, n;
   bool csr;
-  IndexShape index() const { return {rows, cols, 1, n, csr ? Plans::kLinear : Plans::kNone}; }
+  IndexShape index() const { return {rows, cols, 1, n, csr ? Plans::kLinear : Plans::kBlocks}; }
   double work() const { return static_cast<double>(tokens) * n * b_out * b_in; }
 };
 
@@ -82,7 +82,7 @@ class CsrSide {
   void restore(const T* from, T* to) const {
     if (plan_.shape.reordered)
       return each_run([&](int64_t begin, int64_t n) {
-        kernels_for<T>().csr_gather(from, plan_.slot + begin, n, to + begin);
+        kernels_for<T>().csr_gather(from, plan_.place + begin, n, to + begin);
       });
     parallel(plan_.shape.pieces(), copying(), [&](int64_t first, int64_t last) {
       const int64_t segment = plan_.piece_segment[first];
@@ -99,7 +99,7 @@ class CsrSide {
   void collect(const T* values) const {
     if (plan_.shape.reordered)
       return each_run([&](int64_t begin, int64_t n) {
-        kernels_for<T>().csr_scatter(values + begin, plan_.slot + begin, n, values_.get());
+        kernels_for<T>().csr_scatter(values + begin, plan_.place + begin, n, values_.get());
       });
     parallel(plan_.shape.pieces(), copying(), [&](int64_t first, int64_t last) {
       const int64_t segment = plan_.piece_segment[first], entry = plan_.piece_entry[first];
@@ -145,7 +145,7 @@ class BsrSide {
     const uint32_t span = static_cast<uint32_t>((transposed ? shape.b_out : shape.b_in) * cells * kCellSize);
     for (int64_t i = 0; i < shape.n; ++i) {
       off_[i] = static_cast<uint32_t>(idx[i]) * span;
-      block_[i] = transposed ? index.perm[i] : static_cast<int32_t>(i);
+      block_[i] = transposed ? index.perm[i] : index.slot[i];
     }
   }
 

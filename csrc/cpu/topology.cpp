@@ -1,6 +1,7 @@
 // Building and updating the index buffer of a Topology (csrc/common/index.h). Always on the CPU,
 // always into a fresh buffer: the caller swaps it in when everything has gone well.
 #include <algorithm>
+#include <numeric>
 #include <optional>
 #include <vector>
 
@@ -64,7 +65,7 @@ void fill_plan(PlanView<int32_t> plan, const int32_t* ptr, const int32_t* idx, c
     for (int64_t s = plan.piece_segment[piece]; s < plan.piece_segment[piece + 1]; ++s)
       for (int32_t i = begin[s]; i < begin[s] + plan.segments[2 * s + 1]; ++i, ++k) {
         near[k] = static_cast<uint16_t>((idx[i] - first_column) * kNear);
-        if (shape.reordered) plan.slot[perm[i]] = static_cast<int32_t>(k);
+        if (shape.reordered) plan.place[perm[i]] = static_cast<int32_t>(k);
       }
   }
 }
@@ -104,7 +105,8 @@ void fill_rest(int32_t* base, IndexShape shape) {
       row_idx[slot] = static_cast<int32_t>(row);
       perm[slot] = i;
     }
-  if (shape.plans != Plans::kNone) fill_plan(view.row_plan, view.row_ptr, view.col_idx, nullptr);
+  if (shape.blocks()) std::iota(view.slot, view.slot + n, 0);
+  if (shape.planned()) fill_plan(view.row_plan, view.row_ptr, view.col_idx, nullptr);
   if (shape.plans == Plans::kLinear) fill_plan(view.col_plan, view.col_ptr, row_idx, perm);
 }
 
@@ -141,22 +143,31 @@ std::tuple<Tensor, Tensor> index_update(const Tensor& index, int64_t n, int64_t 
     STD_TORCH_CHECK(i == 0 || g[i] != g[i - 1], "grow holds position ", g[i], " more than once");
   }
 
-  // Merge the survivors, which are in order already, with the grown positions.
+  std::vector<bool> dropped(n);
+  for (int64_t i = 0; i < k; ++i) dropped[d[i]] = true;
+  int64_t found = shape.blocks() ? 0 : k;
+  for (int64_t i = 0; shape.blocks() && i < n; ++i) {
+    const int64_t place = view.slot[i];
+    STD_TORCH_CHECK(place >= 0 && place < n, "slot holds ", place, ", out of range [0, ", n, ")");
+    found += dropped[place];
+  }
+  STD_TORCH_CHECK(found == k, "slot holds a place more than once");
+
+  // Merge the survivors, which are in order already, with the grown positions. The new values stand in the
+  // order of the positions, wherever the old ones did.
   std::optional<Tensor> positions = new_empty(drop, {n}, ScalarType::Long);
   Tensor source = new_empty(drop, {n}, ScalarType::Long);
   int64_t *out = positions->mutable_data_ptr<int64_t>(), *from = source.mutable_data_ptr<int64_t>();
-  int64_t di = 0, gi = 0, o = 0, i = 0;
+  int64_t gi = 0, o = 0, i = 0;
   for (int64_t row = 0; row < rows; ++row) {
     for (; i < view.row_ptr[row + 1]; ++i) {
-      if (di < k && d[di] == i) {
-        ++di;
-        continue;
-      }
+      const int64_t place = shape.blocks() ? view.slot[i] : i;
+      if (dropped[place]) continue;
       const int64_t position = row * cols + view.col_idx[i];
       while (gi < k && g[gi] < position) out[o] = g[gi++], from[o++] = -1;
       STD_TORCH_CHECK(gi == k || g[gi] != position, "grow holds position ", position,
                       ", which is active and not dropped");
-      out[o] = position, from[o++] = i;
+      out[o] = position, from[o++] = place;
     }
   }
   while (gi < k) out[o] = g[gi++], from[o++] = -1;

@@ -8,12 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from ..growth import GrowthScorer
-from ..topology import Topology, reorder_
+from ..rewiring import reorder_
+from ..topology import Topology
 
 _Self = TypeVar("_Self", bound="SparseLayer")
 
 _INDEX_KEYS = ("row_ptr", "col_idx")
-_KEYS = ("weight_shape", *_INDEX_KEYS)  # of a state, beside the parameters; the first only tells a mix-up
+# Of a state, beside the parameters. weight_shape only tells a mix-up; slot is there where values do not stand
+# in the order of their positions.
+_KEYS = ("weight_shape", *_INDEX_KEYS, "slot")
 
 
 class SparseLayer(nn.Module):
@@ -52,9 +55,9 @@ class SparseLayer(nn.Module):
         fan_in = self.topology.shape[1] * self.topology.taps
         bound = fan_in**-0.5 if fan_in else 0.0
         with torch.no_grad():
-            self.values.uniform_(-bound, bound, generator=generator)
-            if self.bias is not None:
-                self.bias.uniform_(-bound, bound, generator=generator)
+            for parameter in (self.values, self.bias):
+                if parameter is not None:
+                    _draw(parameter, bound, generator)
 
     # views ----------------------------------------------------------------------------------
 
@@ -165,6 +168,9 @@ class SparseLayer(nn.Module):
         # tensors that share memory.
         for key in _INDEX_KEYS:
             destination[prefix + key] = getattr(self.topology, key).clone()
+        if self.topology._slots_moved:
+            assert self.topology.slot is not None
+            destination[prefix + "slot"] = self.topology.slot.clone()
         destination[prefix + "weight_shape"] = torch.tensor(self.topology.shape, device="cpu")
 
     def _load_from_state_dict(
@@ -187,11 +193,11 @@ class SparseLayer(nn.Module):
             # All is checked before anything changes: indices and values belong together.
             try:
                 self._check_state(state_dict, prefix)
-                index = self.topology.build(found["row_ptr"], found["col_idx"])
+                index = self.topology.build(found["row_ptr"], found["col_idx"], found.get("slot"))
             except (ValueError, TypeError) as error:
                 problem = str(error)
-        elif len(lacking) < len(needed):
-            present = ", ".join(key for key in needed if key not in lacking)
+        elif len(lacking) < len(needed) or "slot" in found:
+            present = ", ".join(key for key in (*needed, "slot") if prefix + key in state_dict)
             problem = f"{present} without {', '.join(lacking)}: values and indices belong together"
             if strict and "values" in lacking:
                 missing_keys.append(prefix + "values")
@@ -246,3 +252,12 @@ class SparseLayer(nn.Module):
         b_out, b_in = topology.block_size
         kind = "CSR" if (b_out, b_in) == (1, 1) else f"BSR {b_out}x{b_in}"
         return f"bias={self.bias is not None}, {kind}, density={topology.density:.4g}, nnz={topology.nnz}"
+
+
+def _draw(parameter: Tensor, bound: float, generator: torch.Generator | None) -> None:
+    """Uniform values; those of a generator are drawn on its device, and so are the same on every other."""
+    if generator is None or generator.device.type == parameter.device.type or parameter.is_meta:
+        parameter.uniform_(-bound, bound, generator=generator)
+    else:
+        drawn = torch.empty_like(parameter, device=generator.device)
+        parameter.copy_(drawn.uniform_(-bound, bound, generator=generator))

@@ -65,7 +65,7 @@ def test_an_ordinary_step_allocates_nothing_of_the_dense_size(kind, block_size):
 @pytest.mark.parametrize("block_size", [1, 8])
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 def test_scoring_growth_holds_one_stripe_at_a_time(kind, block_size, monkeypatch):
-    monkeypatch.setattr(dense, "_STRIPE_ELEMENTS", 1 << 16)
+    monkeypatch.setitem(dense._STRIPE_ELEMENTS, "cpu", 1 << 16)
     layer, x = layer_and_input(kind, block_size)
     layer.growth = GrowthScorer(layer.topology, k=100)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:

@@ -39,7 +39,7 @@ def score(case, k, block_score):
 @pytest.fixture(params=[None, 300], ids=["one stripe", "many stripes"])
 def stripe(request, monkeypatch):
     if request.param is not None:
-        monkeypatch.setattr(dense, "_STRIPE_ELEMENTS", request.param)
+        monkeypatch.setitem(dense._STRIPE_ELEMENTS, "cpu", request.param)
 
 
 @pytest.mark.parametrize("dtype", testing.NATIVE_DTYPES, ids=str)

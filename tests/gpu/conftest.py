@@ -1,0 +1,28 @@
+"""These tests run on a GPU, or with TRITON_INTERPRET=1 on the CPU, where Triton's interpreter runs kernels.
+
+`tests/triton/test_interpreter.py` starts the second in a process of its own; a plain run skips them.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+collect_ignore_glob = [] if torch.cuda.is_available() or INTERPRETED else ["test_*.py"]
+
+
+@pytest.fixture
+def device() -> str:
+    return "cpu" if INTERPRETED else "cuda"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("filterwarnings", "ignore:Synchronization debug mode is a prototype")
+    if INTERPRETED:
+        # Triton 3.6 makes numbers of one-element arrays, as numpy will refuse to; test data hold NaN.
+        config.addinivalue_line("filterwarnings", "ignore:Conversion of an array:DeprecationWarning")
+        config.addinivalue_line("filterwarnings", "ignore:.*encountered in:RuntimeWarning")
