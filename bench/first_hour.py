@@ -71,8 +71,8 @@ def l2_bandwidth(clock: Clock, device: str, smoke: bool) -> list[dict[str, Any]]
             out = torch.empty(processors * programs, device=device)
             launch = functools.partial(
                 l2_kernel[(processors * programs,)],
-                tensor_map(buffer, (ROWS, box)), out, boxes, loads, BOX=box, ROWS=ROWS, STAGES=stages,
-                num_warps=4, num_stages=stages,
+                tensor_map(buffer, *buffer.shape, (ROWS, box)), out, boxes, loads,
+                BOX=box, ROWS=ROWS, STAGES=stages, num_warps=4, num_stages=stages,
             )  # fmt: skip
             us = clock.compare({"load": [launch]})["load"].median
             expected = float(ROWS * box * 16 * loads)
@@ -139,10 +139,10 @@ def launch_cost(clock: Clock, device: str, smoke: bool) -> list[dict[str, Any]]:
     def launch(descriptor: Any) -> None:
         l2_kernel[(1,)](descriptor, out, 1, 1, BOX=64, ROWS=ROWS, STAGES=2, num_warps=4, num_stages=2)
 
-    once = tensor_map(buffer, (ROWS, 64))
+    once = tensor_map(buffer, *buffer.shape, (ROWS, 64))
     calls = {
         "held": lambda: launch(once),
-        "kept by address": lambda: launch(tensor_map(buffer, (ROWS, 64))),
+        "kept by address": lambda: launch(tensor_map(buffer, *buffer.shape, (ROWS, 64))),
         "fresh": lambda: launch(TensorDescriptor.from_tensor(buffer, [ROWS, 64])),
     }
     for call in calls.values():

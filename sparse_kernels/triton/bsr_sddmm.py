@@ -123,7 +123,7 @@ def bsr_sddmm(
     launch = _launch(b_out, b_in, config, precision, x.dtype, splits == 1, x.device.index)
     launch(
         (chunks, splits, 1),
-        tensor_map(dy, (config.tokens, b_out)), x, parts, index,
+        tensor_map(dy, tokens, dy.shape[1], (config.tokens, b_out)), x, parts, index,
         offsets.chunk_row, offsets.chunk_begin, offsets.row_ptr, offsets.col_idx, offsets.slot,
         dy.shape[1] // b_out, n, tokens, per_split, x.shape[1],
     )  # fmt: skip

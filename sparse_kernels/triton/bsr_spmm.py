@@ -178,24 +178,25 @@ def bsr_spmm(
         config: of `configs.choose`.
         precision: of float32 products: "tf32" or "ieee".
     """
-    tokens = x.shape[0]
-    b_out, b_in = values.shape[1:]
+    tokens, inputs = x.shape
+    n, b_out, b_in = values.shape
+    outputs = out.shape[1]
     side, inner = (b_in, b_out) if transposed else (b_out, b_in)
     at = offsets
     lists = (at.col_ptr, at.row_idx, at.perm, at.col_order) if transposed else (
         at.row_ptr, at.col_idx, at.slot, at.row_order
     )  # fmt: skip
-    rows, tiles = out.shape[1] // side, -(-tokens // config.tokens)
+    rows, tiles = outputs // side, -(-tokens // config.tokens)
     sizes: tuple[int, ...] = ()
     if side >= 64:
         stored = (config.step, side) if transposed else (side, config.step)
         operands = (
-            tensor_map(x, (config.tokens, config.step)),
-            tensor_map(values.view(-1, b_in), stored),
-            tensor_map(out, (config.tokens, side)),
+            tensor_map(x, tokens, inputs, (config.tokens, config.step)),
+            tensor_map(values, n * b_out, b_in, stored),
+            tensor_map(out, tokens, outputs, (config.tokens, side)),
         )
     else:
-        operands, sizes = (x, values, out), (tokens, x.shape[1], out.shape[1])
+        operands, sizes = (x, values, out), (tokens, inputs, outputs)
     launch = _launch(side, inner, transposed, bias is not None, config, precision, x.dtype, x.device.index)
     launch((rows * tiles, 1, 1), *operands, bias, index, *lists, rows, tiles, *sizes)
 

@@ -328,7 +328,11 @@ def _grid(outputs: int, inputs: int, width: int) -> tuple[int, int]:
 
 
 def _maps(dy: Tensor, x: Tensor, width: int, config: Config) -> tuple[object, object]:
-    return tensor_map(dy, (config.tokens, TILE_OUT)), tensor_map(x, (config.tokens, width))
+    tokens = x.shape[0]
+    return (
+        tensor_map(dy, tokens, dy.shape[1], (config.tokens, TILE_OUT)),
+        tensor_map(x, tokens, x.shape[1], (config.tokens, width)),
+    )
 
 
 def constants(config: Config, precision: str) -> dict[str, int | str]:

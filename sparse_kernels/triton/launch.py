@@ -12,8 +12,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import triton
+from triton import knobs
 from triton.compiler import CompiledKernel
+from triton.runtime import driver
 
+#: Whether a compiled kernel is launched as in the version that this was written for.
+_KNOWN = triton.__version__.startswith("3.6.")
 _OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
@@ -52,4 +57,12 @@ class Launch:
             if isinstance(found, CompiledKernel):  # the interpreter has none
                 self._compiled = found
             return
-        self._compiled[grid](*args, *self._fixed)
+        compiled, hooks = self._compiled, knobs.runtime
+        if not _KNOWN or hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:  # of profilers
+            compiled[grid](*args, *self._fixed)
+            return
+        stream = driver.active.get_current_stream(driver.active.get_current_device())
+        # Behind the function: packed metadata, what hooks are told, and two hooks.
+        compiled.run(
+            *grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *args, *self._fixed
+        )

@@ -1,12 +1,14 @@
 """The operators on CUDA tensors: unpack the index, choose the launch, allocate, launch.
 
 Registered in `_ops.py`, which imports this module with the first product on a GPU. What the kernels do not
-take (`why_not`) goes through the dense library, as backend "dense" does.
+take goes through the dense library, as backend "dense" does.
 """
 
 from __future__ import annotations
 
+import bisect
 import functools
+import itertools
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ from .configs import TOKEN_BUCKETS, Config, Problem, choose
 from .launch import on_its_device
 
 _Grads = tuple[Tensor, Tensor, Tensor]
+_BLOCKS = frozenset(itertools.product(TRITON_BLOCKS, repeat=2))
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _ARITHMETIC = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -31,7 +34,7 @@ def linear_forward(
     x: Tensor, values: Tensor, bias: Tensor | None, index: Tensor, rows: int, cols: int
 ) -> Tensor:
     """`[tokens, in]` -> `[tokens, out]`."""
-    if why_not(values.shape, values.dtype):
+    if not _takes(values.shape, values.dtype):
         return dense_linear_forward(x, values, bias, index, rows, cols)
     offsets = _offsets(index, values.shape, rows, cols)
     out = x.new_empty(x.shape[0], rows * values.shape[1])
@@ -51,7 +54,7 @@ def linear_backward(
     need_bias: bool,
 ) -> _Grads:
     """The gradients: dX if `values` is given, dW if `x` is, and db."""
-    if why_not(values_size, dy.dtype):
+    if not _takes(values_size, dy.dtype):
         return dense_linear_backward(dy, x, values, index, rows, cols, values_size, need_bias)
     offsets = _offsets(index, values_size, rows, cols)
     dx, dw = dy.new_empty(0), dy.new_empty(0)
@@ -66,7 +69,7 @@ def linear_backward(
 @on_its_device
 def growth_norms(x: Tensor, dy: Tensor, b_out: int, b_in: int, score: str) -> Tensor:
     """Norms of the blocks of `dY^T X`, `[out / b_out, in / b_in]` float32."""
-    if why_not((1, b_out, b_in), x.dtype) or min(*x.shape, *dy.shape) == 0:
+    if not _takes((1, b_out, b_in), x.dtype) or min(*x.shape, *dy.shape) == 0:
         return striped_norms(x, dy, b_out, b_in, score)
     config = _config("growth_norms", b_out, b_in, x)
     return growth.block_norms(
@@ -83,14 +86,9 @@ def growth_candidates(
     return growth.candidates(x, dy, active, k, guess, config=config, precision=_precision(x))
 
 
-def why_not(values_shape: torch.Size | list[int] | tuple[int, ...], dtype: torch.dtype) -> str:
-    """Why the kernels do not take blocks of this kind; empty if they do."""
-    if len(values_shape) != 3 or not all(b in TRITON_BLOCKS for b in values_shape[1:]):
-        sides = "x".join(map(str, values_shape[1:])) or "1x1"
-        return f"blocks of {sides}: the kernels take sides of {', '.join(map(str, TRITON_BLOCKS))}"
-    if dtype not in _DTYPES:
-        return f"{dtype}: the kernels take {', '.join(map(str, _DTYPES))}"
-    return ""
+def _takes(size: torch.Size | list[int] | tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether there are kernels for values of this size."""
+    return len(size) == 3 and (size[1], size[2]) in _BLOCKS and dtype in _DTYPES
 
 
 def _offsets(index: Tensor, size: torch.Size | list[int], rows: int, cols: int) -> layout.Offsets:
@@ -160,15 +158,16 @@ def _sddmm(dy: Tensor, x: Tensor, index: Tensor, offsets: layout.Offsets, values
 
 
 def _config(op: str, out: int, inner: int, x: Tensor, transposed: bool = False) -> Config:
-    tokens = next((n for n in TOKEN_BUCKETS if x.shape[0] <= n), TOKEN_BUCKETS[-1] + 1)
     arithmetic = _ARITHMETIC.get(x.dtype) or _precision(x)
-    return _chosen(op, out, inner, arithmetic, tokens, transposed, x.device.index)
+    bucket = bisect.bisect_left(TOKEN_BUCKETS, x.shape[0])
+    return _chosen(op, out, inner, arithmetic, bucket, transposed, x.device.index)
 
 
 @functools.lru_cache(maxsize=4096)
 def _chosen(
-    op: str, out: int, inner: int, arithmetic: str, tokens: int, transposed: bool, device: int | None
+    op: str, out: int, inner: int, arithmetic: str, bucket: int, transposed: bool, device: int | None
 ) -> Config:
+    tokens = (*TOKEN_BUCKETS, TOKEN_BUCKETS[-1] + 1)[bucket]
     name = "none" if device is None else torch.cuda.get_device_name(device)
     problem = Problem(op, out, inner, "float32" if arithmetic == "ieee" else arithmetic, tokens, transposed)
     return choose(problem, name)

@@ -28,12 +28,15 @@ class Address:
 
 
 @functools.lru_cache(maxsize=4096)
-def _kept(address: int, dtype: torch.dtype, shape: tuple[int, int], box: tuple[int, int]) -> TensorDescriptor:
-    return TensorDescriptor(Address(address, dtype), list(shape), [shape[1], 1], list(box))
+def _kept(address: int, dtype: torch.dtype, rows: int, cols: int, box: tuple[int, int]) -> TensorDescriptor:
+    return TensorDescriptor(Address(address, dtype), [rows, cols], [cols, 1], list(box))
 
 
-def tensor_map(matrix: Tensor, box: tuple[int, int]) -> TensorDescriptor:
-    """The descriptor of boxes of a contiguous matrix, whose memory starts and whose rows end on 16 bytes."""
-    if matrix.device.type != "cuda":  # the interpreter reads the tensor itself
-        return TensorDescriptor.from_tensor(matrix, list(box))
-    return _kept(matrix.data_ptr(), matrix.dtype, (matrix.shape[0], matrix.shape[1]), box)
+def tensor_map(tensor: Tensor, rows: int, cols: int, box: tuple[int, int]) -> TensorDescriptor:
+    """The descriptor of boxes of a contiguous tensor, seen as a matrix `[rows, cols]`.
+
+    Its memory must start, and its rows must end, on 16 bytes.
+    """
+    if not tensor.is_cuda:  # the interpreter reads the tensor itself
+        return TensorDescriptor.from_tensor(tensor.view(rows, cols), list(box))
+    return _kept(tensor.data_ptr(), tensor.dtype, rows, cols, box)
