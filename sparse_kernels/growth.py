@@ -51,14 +51,14 @@ class DeviceGrowth:
     """What a scorer found on a GPU: what `rewiring.plan_rewiring` takes.
 
     Attributes:
-        active: `[n_blocks]` scores of the active positions, in value order.
+        active: `[n]` scores of the active single weights, in value order. None for blocks.
         positions: `[k]` int64 for single weights: the best inactive positions, best first, ties to the
             lowest. None for blocks.
         scores: `[k]` their scores; for blocks those of all positions, `[rows * cols]`.
         finite: 0-d bool: False if any score of the layer is NaN or infinite; the rest is then meaningless.
     """
 
-    active: Tensor
+    active: Tensor | None
     positions: Tensor | None
     scores: Tensor
     finite: Tensor
@@ -226,7 +226,7 @@ class GrowthScorer:
             if not self.topology.is_bsr:
                 return best_weights(gradient, self.topology, self.k)
             scores = score_matrix(gradient, self.topology, self.block_score).flatten()
-            return DeviceGrowth(scores[self.topology.positions()], None, scores, scores.isfinite().all())
+            return DeviceGrowth(None, None, scores, scores.isfinite().all())
 
     def _score_on_host(self, gradient: GradientSum) -> Growth:
         topology, found = self.topology, 0

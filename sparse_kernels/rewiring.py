@@ -65,7 +65,7 @@ class Rewiring:
 def rewire_(
     topology: Topology,
     drop_scores: Tensor,
-    active: Tensor,
+    active: Tensor | None,
     positions: Tensor | None,
     scores: Tensor,
     k: int | Tensor,
@@ -82,7 +82,7 @@ def rewire_(
 def plan_rewiring(
     topology: Topology,
     drop_scores: Tensor,
-    active: Tensor,
+    active: Tensor | None,
     positions: Tensor | None,
     scores: Tensor,
     k: int | Tensor,
@@ -97,7 +97,7 @@ def plan_rewiring(
     Args:
         topology: in the layout of a GPU, with at least one active position.
         drop_scores: `[n]`, in value order.
-        active: `[n]` growth scores of the active positions, in value order (not read for blocks).
+        active: `[n]` growth scores of the active single weights, in value order (not read for blocks).
         positions: `[c]` int64 candidates to grow, distinct, with at least min(k, inactive) good ones; those
             that are active have no part in it. None: all positions of the grid in order, for blocks.
         scores: `[c]` their scores, >= 0, -inf where there is no candidate. All `[rows * cols]` for blocks.
@@ -113,6 +113,7 @@ def plan_rewiring(
         by_kernels = takes_kernels(topology, drop_scores, scores)
         plan_blocks = _plan_blocks_by_kernels if by_kernels else _plan_blocks
         return plan_blocks(topology, drop_scores, scores, k, ok, followers)
+    assert active is not None
     assert positions is not None
     return _plan_weights(topology, drop_scores, active, positions, scores, k, ok, followers)
 
@@ -120,7 +121,7 @@ def plan_rewiring(
 def _check(
     topology: Topology,
     drop_scores: Tensor,
-    active: Tensor,
+    active: Tensor | None,
     positions: Tensor | None,
     scores: Tensor,
     followers: Sequence[Tensor],
@@ -133,11 +134,13 @@ def _check(
         )
     if n == 0:
         raise ValueError("the topology has no active position to replace")
-    if (positions is None) != topology.is_bsr:
-        raise ValueError("positions are for single weights (CSR); for blocks give the scores of all instead")
+    if (positions is None) != topology.is_bsr or (active is None and not topology.is_bsr):
+        raise ValueError(
+            "active and positions are for single weights (CSR); for blocks give the scores of all instead"
+        )
     candidates = topology.rows * topology.cols if positions is None else positions.numel()
     wanted = {"drop_scores": (drop_scores, n), "scores": (scores, candidates)}
-    if not topology.is_bsr:
+    if active is not None and not topology.is_bsr:
         wanted["active"] = (active, n)
     for name, (tensor, size) in wanted.items():
         if tuple(tensor.shape) != (size,):
