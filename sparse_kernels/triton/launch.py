@@ -17,8 +17,8 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
-#: Whether a compiled kernel is launched as in the version that this was written for.
-_KNOWN = triton.__version__.startswith("3.6.")
+#: Whether this is the Triton that code without a stable interface was written for: launching, and Gluon.
+KNOWN = triton.__version__.startswith("3.6.")
 _OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
@@ -58,7 +58,7 @@ class Launch:
                 self._compiled = found
             return
         compiled, hooks = self._compiled, knobs.runtime
-        if not _KNOWN or hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:  # of profilers
+        if not KNOWN or hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:  # of profilers
             compiled[grid](*args, *self._fixed)
             return
         stream = driver.active.get_current_stream(driver.active.get_current_device())

@@ -20,8 +20,8 @@ from ..dense import growth_norms as striped_norms
 from . import growth
 from .bsr_sddmm import bsr_sddmm
 from .bsr_spmm import bsr_spmm
-from .configs import TOKEN_BUCKETS, Config, Problem, choose
-from .launch import on_its_device
+from .configs import TOKEN_BUCKETS, Config, Problem, choose, rule
+from .launch import KNOWN, on_its_device
 
 _Grads = tuple[Tensor, Tensor, Tensor]
 _BLOCKS = frozenset(itertools.product(TRITON_BLOCKS, repeat=2))
@@ -170,7 +170,8 @@ def _chosen(
     tokens = (*TOKEN_BUCKETS, TOKEN_BUCKETS[-1] + 1)[bucket]
     name = "none" if device is None else torch.cuda.get_device_name(device)
     problem = Problem(op, out, inner, "float32" if arithmetic == "ieee" else arithmetic, tokens, transposed)
-    return choose(problem, name)
+    config = choose(problem, name)
+    return config if config.kernel == "triton" or KNOWN else rule(problem)
 
 
 def _aligned(t: Tensor) -> Tensor:

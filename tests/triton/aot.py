@@ -86,7 +86,7 @@ def facts(compiled: Any) -> Facts:
     return Facts(
         wgmma=dict(Counter(re.findall(r"wgmma\.mma_async\S*\.(m64n\d+k\d+)", ptx))),
         mma_sync=count(r"mma\.sync"),
-        tma_loads=count(r"cp\.async\.bulk\.tensor.*shared::cluster\.global"),
+        tma_loads=count(r"cp\.async\.bulk\.tensor.*shared::c(?:luster|ta)\.global"),
         cp_async=count(r"cp\.async\.c[ga]\."),
         global_loads=count(r"ld\.global"),
         waits=[int(n) for n in re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx)],

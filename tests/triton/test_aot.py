@@ -27,6 +27,7 @@ from sparse_kernels.triton.configs import (  # noqa: E402
     shared_memory,
     warp_specialised,
 )
+from sparse_kernels.triton.launch import KNOWN  # noqa: E402
 
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "tf32": "fp32", "float32": "fp32"}
 SQUARE = tuple((b, b) for b in (16, 32, 64, 128))
@@ -132,6 +133,7 @@ def test_spmm_without_bias(block: int) -> None:
         check(compile_spmm(problem, candidates(problem)[0], bias=False), problem)
 
 
+@pytest.mark.skipif(not KNOWN, reason="Gluon has no stable interface: with this Triton it is not used")
 @pytest.mark.parametrize("block", [(64, 64), (64, 128), (128, 64), (128, 128)])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_warp_specialised_spmm(block: tuple[int, int], transposed: bool) -> None:

@@ -21,7 +21,10 @@ from triton.runtime import driver  # noqa: E402
 from sparse_kernels import layout, testing  # noqa: E402
 from sparse_kernels.triton import bsr_sddmm, bsr_spmm, gluon_spmm  # noqa: E402
 from sparse_kernels.triton.configs import Problem, candidates, warp_specialised  # noqa: E402
+from sparse_kernels.triton.launch import KNOWN  # noqa: E402
 
+if not KNOWN:
+    pytest.skip("with this Triton all launches take its own path", allow_module_level=True)
 LIMITS = {"max_shared_mem": 232_448, "multiprocessor_count": 132, "max_num_regs": 65_536, "warpSize": 32}
 
 
