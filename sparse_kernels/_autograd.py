@@ -26,6 +26,14 @@ _FORWARD = {
 }
 
 
+_HAS_FLAG = hasattr(torch.compiler, "_is_exporting_flag")
+
+
+def _exporting() -> bool:
+    """`torch.compiler.is_exporting()`, which torch 2.11 takes for true in everything it compiles."""
+    return bool(torch.compiler._is_exporting_flag if _HAS_FLAG else torch.compiler.is_exporting())
+
+
 def product(
     kind: str,
     x: Tensor,
@@ -40,7 +48,7 @@ def product(
     `x` and `values` are in a layout that the operator takes; `conf` is what it takes after `index`. The
     growth scorer of `ticket` is shown the factors of whatever is added to the gradient of `values`.
     """
-    if torch.compiler.is_exporting():  # an exported program has no Function: its operators must know
+    if _exporting():  # an exported program has no Function: its operators must know
         return (_ops.conv2d if _is_conv(kind) else _ops.linear)(x, values, bias, index, *conf)
     # Skipped when nothing needs a gradient: a Function costs as much as a small product. Forward-mode
     # differentiation it refuses by name, where the operator alone would lose the tangent.

@@ -297,7 +297,7 @@ def best_weights(gradient: GradientSum, topology: Topology, k: int) -> DeviceGro
         place = torch.where(live, flat[entry.clamp(max=max(n - 1, 0))] - first, size) if n else entry
         active.scatter_(0, torch.where(live, entry, n), score[place])
         score.scatter_(0, place, -torch.inf)
-        score[size] = -torch.inf
+        score[size].fill_(-torch.inf)  # a number that is assigned would be copied from the host
         found = _first_largest(score[:size], min(k, size))
         # Candidates so far come first, in order and at lower positions: a stable sort leaves ties right.
         best, order = torch.cat([best, score[found]]).sort(descending=True, stable=True)

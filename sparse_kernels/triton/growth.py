@@ -269,7 +269,7 @@ def candidates(
     state = torch.zeros(_STATE, dtype=torch.int32, device=device)
     state[_RUN] = guess.isfinite()
     state[_VALUE] = guess.view(torch.int32)
-    state[_PLACE] = _LAST
+    state[_PLACE].fill_(_LAST)  # a number that is assigned would be copied from the host
     maps, grid, fixed = (
         _maps(dy, x, TILE_IN, config),
         _grid(outputs, inputs, TILE_IN),
