@@ -12,10 +12,12 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -41,13 +43,13 @@ class Part:
     seconds: float
 
 
-def run(command: list[str], limit: float, quiet: bool = False) -> tuple[int, str]:
-    """Run a command at the root of the repository: exit status and, if quiet, what it printed."""
+def run(command: list[str], limit: float, quiet: bool = False, cwd: Path = ROOT) -> tuple[int, str]:
+    """Run a command, at the root of the repository: exit status and, if quiet, what it printed."""
     pipe = subprocess.PIPE if quiet else None
     # A session of its own: what it has started ends with it.
     child = subprocess.Popen(
-        command, cwd=ROOT, text=True, stdout=pipe, stderr=subprocess.STDOUT if quiet else None,
-        start_new_session=True,
+        command, cwd=cwd, text=True, stdout=pipe, stderr=subprocess.STDOUT if quiet else None,
+        start_new_session=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     try:
         text, _ = child.communicate(timeout=limit)
@@ -69,7 +71,14 @@ def python(*arguments: str) -> list[str]:
 def build() -> str:
     """Compile in place."""
     command = python("setup.py", "--quiet", "build_ext", "--inplace")
-    status, text = run(command, BUILD + SLACK, quiet=True)
+    if int(metadata.version("setuptools").split(".")[0]) >= 77:
+        status, text = run(command, BUILD + SLACK, quiet=True)
+    else:
+        # It cannot read our pyproject.toml. In a folder without one it does not try; nothing is fetched.
+        with tempfile.TemporaryDirectory() as folder:
+            for name in ("setup.py", "csrc", "sparse_kernels"):
+                Path(folder, name).symlink_to(ROOT / name)
+            status, text = run(command, BUILD + SLACK, quiet=True, cwd=Path(folder))
     if status:
         print(text)
     run(python("-m", "sparse_kernels.info"), SLACK)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -155,14 +156,31 @@ class Clock:
             for _ in range(rounds):
                 all_of_them()
 
+        # Not even tried: after a capture that failed torch may not be able to make another.
+        if _synchronises(calls[0]):
+            return many, rounds * len(calls), "eager"
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, stream=self.stream):
                 many()
-        except (RuntimeError, NotImplementedError):  # it synchronises, or asks the driver for memory
+        except (RuntimeError, NotImplementedError):  # it asks the driver for memory
             self.synchronize()
             return many, rounds * len(calls), "eager"
         return graph.replay, rounds * len(calls), "graph"
+
+
+def _synchronises(call: Call) -> bool:
+    """Whether the host waits for the device in a call."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that the mode is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call()
+        except RuntimeError:
+            return True
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return False
 
 
 def _sample(us: list[float], how: str) -> Sample:

@@ -17,6 +17,7 @@ from . import (
     _load,  # noqa: F401  (registers the operators)
     dense,
 )
+from .backend import has_triton
 from .dense import is_channels_last
 
 _lib = torch.ops.sparse_kernels
@@ -137,12 +138,22 @@ def _implement(operator: str, key: str, function: Callable[..., Any]) -> None:
 
 for _name in ("linear_forward", "linear_backward", "conv2d_forward", "conv2d_backward"):
     _implement(f"dense_{_name}", "CompositeExplicitAutograd", getattr(dense, f"dense_{_name}"))
+# On CUDA tensors the operators without a prefix are what exported programs and growth scorers call.
+_gpu: dict[str, Callable[..., Any]] = {
+    "linear_forward": dense.dense_linear_forward,
+    "linear_backward": dense.dense_linear_backward,
+    "growth_norms": dense.growth_norms,
+}
+if has_triton("cuda"):
+    _gpu = {_name: _by_triton(_name) for _name in _gpu}
+_gpu |= {
+    "linear": _gpu["linear_forward"],
+    "conv2d": dense.dense_conv2d_forward,
+    "conv2d_forward": dense.dense_conv2d_forward,
+    "conv2d_backward": dense.dense_conv2d_backward,
+}
+for _name, _function in _gpu.items():
+    _implement(_name, "CUDA", _function)
 for _name in ("linear_forward", "linear_backward"):
     _implement(f"triton_{_name}", "CompositeExplicitAutograd", _by_triton(_name))
-    _implement(_name, "CUDA", _by_triton(_name))
-_implement("linear", "CUDA", _by_triton("linear_forward"))
-for _name in ("conv2d", "conv2d_forward"):
-    _implement(_name, "CUDA", dense.dense_conv2d_forward)
-_implement("conv2d_backward", "CUDA", dense.dense_conv2d_backward)
 _implement("growth_norms", "CompositeExplicitAutograd", dense.growth_norms)
-_implement("growth_norms", "CUDA", _by_triton("growth_norms"))

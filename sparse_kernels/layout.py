@@ -128,6 +128,16 @@ class Offsets(NamedTuple):
     chunk_begin: int
     end: int
 
+    @property
+    def by_rows(self) -> tuple[int, int, int, int]:
+        """Pointers, columns, slots and order of the rows: what the output needs."""
+        return self.row_ptr, self.col_idx, self.slot, self.row_order
+
+    @property
+    def by_columns(self) -> tuple[int, int, int, int]:
+        """The same of the columns, for the input gradient."""
+        return self.col_ptr, self.row_idx, self.perm, self.col_order
+
 
 @functools.lru_cache(maxsize=4096)
 def offsets(n: int, rows: int, cols: int, b_in: int, groups: int = 1) -> Offsets:

@@ -59,13 +59,17 @@ def run_script(tmp_path: Path) -> Callable[..., str]:
 class NoHostReads(TorchDispatchMode):
     """Raises where an operation would wait for a GPU: it reads a value, or has a shape that depends on one.
 
-    `Tensor.tolist` of a CPU tensor cannot be seen.
+    Also where it copies a number to one, as `t[0] = 1` does. `Tensor.tolist` of a CPU tensor cannot be seen.
     """
 
     READS = (
         "_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "nonzero_numpy", "argwhere",
         "masked_select", "unique", "_unique", "_unique2", "unique_dim", "unique_consecutive", "bincount",
     )  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._numbers: list[Tensor] = []  # what Python numbers became
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -79,9 +83,13 @@ class NoHostReads(TorchDispatchMode):
                 name in ("index", "index_put", "index_put_")
                 and any(isinstance(t, Tensor) and t.dtype in masks for t in args[1])
             )
+            or (name == "copy_" and any(args[1] is number for number in self._numbers))
         ):
             raise AssertionError(f"{name} waits for the device")
-        return func(*args, **kwargs)
+        found = func(*args, **kwargs)
+        if name == "lift_fresh":
+            self._numbers.append(found)
+        return found
 
 
 @pytest.fixture

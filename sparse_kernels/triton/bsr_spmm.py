@@ -182,10 +182,7 @@ def bsr_spmm(
     n, b_out, b_in = values.shape
     outputs = out.shape[1]
     side, inner = (b_in, b_out) if transposed else (b_out, b_in)
-    at = offsets
-    lists = (at.col_ptr, at.row_idx, at.perm, at.col_order) if transposed else (
-        at.row_ptr, at.col_idx, at.slot, at.row_order
-    )  # fmt: skip
+    lists = offsets.by_columns if transposed else offsets.by_rows
     rows, tiles = outputs // side, -(-tokens // config.tokens)
     sizes: tuple[int, ...] = ()
     if side >= 64:

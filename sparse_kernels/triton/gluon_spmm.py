@@ -252,10 +252,7 @@ def bsr_spmm(
         config: of `configs.warp_specialised`.
     """
     n, block_out, block_in = values.shape
-    at = offsets
-    lists = (at.col_ptr, at.row_idx, at.perm, at.col_order) if transposed else (
-        at.row_ptr, at.col_idx, at.slot, at.row_order
-    )  # fmt: skip
+    lists = offsets.by_columns if transposed else offsets.by_rows
     tokens, rows = x.shape[0], out.shape[1] // (block_in if transposed else block_out)
     x_box, values_box, out_box = _boxes(config, block_out, block_in, transposed)
     tiles = -(-tokens // config.tokens)

@@ -83,7 +83,9 @@ def growth_candidates(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A list that the k best inactive entries of `|dY^T X|` are in; see `growth.candidates`."""
     config = _config("growth_candidates", 1, 1, x)
-    return growth.candidates(x, dy, active, k, guess, config=config, precision=_precision(x))
+    return growth.candidates(
+        _aligned(x), _aligned(dy), active, k, guess, config=config, precision=_precision(x)
+    )
 
 
 def _takes(size: torch.Size | list[int] | tuple[int, ...], dtype: torch.dtype) -> bool:
@@ -175,7 +177,8 @@ def _chosen(
 
 
 def _aligned(t: Tensor) -> Tensor:
-    """The tensor, or a copy that starts on 16 bytes, as TMA wants."""
+    """The tensor, or a copy that is contiguous and starts on 16 bytes, as TMA wants."""
+    t = t.contiguous()  # the gradient of a sum, for one, has strides of 0
     return t if t.data_ptr() % 16 == 0 else t.clone()
 
 

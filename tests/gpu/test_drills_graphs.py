@@ -176,7 +176,7 @@ def test_an_update_does_not_wait_for_the_device(device):
     before = model[0].topology.positions().sort().values
     for turn, x in enumerate(batches(dc.few(device, 20, 6), side, device, torch.float32)):
         with sk.use_backend("triton"), no_synchronisation(device if turn > 2 else "cpu"):
-            optimizer.zero_grad(set_to_none=False)
+            optimizer.zero_grad()
             (model(x) - x).square().mean().backward()
             optimizer.step()
     assert method.updates > 2

@@ -43,6 +43,22 @@ def test_a_score_that_is_not_finite_shows(device: str) -> None:
     assert torch.equal(found.isfinite().all(0).cpu(), torch.tensor([True, True, False, True]))
 
 
+@pytest.mark.parametrize("of_a_sum", [False, True])
+def test_gradients_of_any_strides(of_a_sum: bool, device: str) -> None:
+    """Those that a sum or a transposition leaves."""
+    x, dy, _ = _operands(40, 96, 64, device)
+    x = x.t().contiguous().t()
+    dy = torch.ones((), device=device).expand(40, 64) if of_a_sum else dy.t().contiguous().t()
+    g = (dy.double().t() @ x.double()).abs()
+    found = operators.growth_norms(x, dy, 16, 32, "l1")
+    assert torch.equal(found.double(), g.view(4, 16, 3, 32).sum((1, 3)))
+    active, none = torch.zeros(1, dtype=torch.int64, device=device), torch.tensor(torch.inf, device=device)
+    positions, scores, _ = operators.growth_candidates(x, dy, active, 10, none)
+    there = positions >= 0
+    assert set(_best(g, active, 10)) <= set(positions.tolist())
+    assert torch.equal(scores[there].double(), g.flatten()[positions[there].long()])
+
+
 def _best(g: torch.Tensor, active: torch.Tensor, k: int) -> list[int]:
     """The k best inactive positions by Python's sort."""
     taken, flat = set(active.tolist()), g.flatten().tolist()

@@ -40,6 +40,7 @@ def layer_and_input(kind, block_size):
     return layer, torch.randn(2, 512, 6, 6, generator=generator, requires_grad=True)
 
 
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")  # torch 2.11, whenever it is used
 @pytest.mark.parametrize("block_size", [1, 8])
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 def test_an_ordinary_step_allocates_nothing_of_the_dense_size(kind, block_size):

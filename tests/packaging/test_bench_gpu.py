@@ -13,7 +13,7 @@ pytest.importorskip("triton")  # whose interpreter runs the kernels
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
-from bench import gpu_report, gpu_suite  # noqa: E402
+from bench import gpu_report, gpu_suite, gpu_timing  # noqa: E402
 from bench.gpu_report import Row, Verdict  # noqa: E402
 from bench.gpu_rivals import Case, WrongResult, check  # noqa: E402
 
@@ -196,3 +196,17 @@ def test_a_part_without_an_end_is_ended_with_its_children(tmp_path: Path) -> Non
     assert "no end after 1 s" in text
     assert gpu_suite.run([sys.executable, "-c", "import time; time.sleep(3)"], limit=60)[0] == 0
     assert not mark.exists()
+
+
+def test_a_call_that_synchronises_is_seen_and_the_mode_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    modes: list[str] = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def reads() -> None:
+        raise RuntimeError("called a synchronizing CUDA operation")
+
+    assert gpu_timing._synchronises(reads)
+    assert not gpu_timing._synchronises(lambda: None)
+    assert modes == ["error", "default"] * 2

@@ -31,6 +31,7 @@ TRUE = torch.tensor(True)
         lambda t: torch.equal(t, t),
         lambda t: t.repeat_interleave(t.long()),
         lambda t: t.index_put_((t > 0,), t[0]),
+        lambda t: t.__setitem__(0, 2.0),
     ],
 )
 def test_the_guard_sees_host_reads(read, no_host_reads):
