@@ -359,8 +359,23 @@ def _observe(ticket: Tensor, x: Tensor, dy: Tensor, conf: list[int], exact: bool
         return
     if not exact:
         scorer.refuse('derivatives of gradients are scored by backend "cpu" only')
+    compiled = not _in_own_backward()
+    if compiled or (scorer.defer and x.grad_fn is None):  # a leaf may be refilled with the next batch
+        x = x.clone()
+    if compiled or scorer.defer:
+        dy = dy.clone()
     settings = (tuple(conf[:2]), tuple(conf[2:4]), tuple(conf[4:6]), conf[6]) if conf else ()
     scorer.observe(x, dy, *settings)
+
+
+def _in_own_backward() -> bool:
+    """Whether a Function of this package is what calls.
+
+    Compiled code is the other possibility. It uses memory for something else once the last operator that
+    reads it has run, before the gradient has arrived and is scored.
+    """
+    function = getattr(torch._C._current_autograd_node(), "_forward_cls", None)
+    return function is not None and function.__module__.partition(".")[0] == __package__
 
 
 torch.library.impl("sparse_kernels::observe", "default", _observe)

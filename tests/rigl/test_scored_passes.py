@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -129,6 +130,66 @@ def test_a_backend_that_cannot_score_derivatives_of_gradients_says_so() -> None:
     with pytest.warns(rigl.SkippedUpdateWarning, match="no backward pass of it was seen|derivatives of grad"):
         optimizer.step()
     assert updater.updates == 0
+
+
+@pytest.mark.parametrize("layout", ["cpu", "gpu"])
+def test_buffers_of_the_user_may_be_filled_again_before_the_step(layout: str) -> None:
+    """A loader's for the input, a pipeline's for the gradient: scored is what they held at each pass."""
+    found = []
+    for refill in (False, True):
+        torch.manual_seed(0)
+        layer = SparseLinear(16, 12, density=0.3, dtype=torch.float64)
+        layer.topology = layer.topology._with_layout(layout)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        updater = rigl.RigL(layer, optimizer, t_end=20, delta_t=2, alpha=0.5)
+        x, dy = torch.empty(2, 16).double(), torch.empty(2, 12).double()  # few: pairs are kept
+        for seed in range(6):
+            optimizer.zero_grad()
+            for part in range(2):
+                g = torch.Generator().manual_seed(2 * seed + part)
+                new_x, new_dy = (torch.randn(t.shape, generator=g).double() for t in (x, dy))
+                if refill:
+                    new_x, new_dy = x.copy_(new_x), dy.copy_(new_dy)
+                with sk.use_backend("dense"):
+                    layer(new_x).backward(new_dy)
+            optimizer.step()
+        assert updater.updates == 2
+        found.append(layer.mask())
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_compiled_layers_are_scored_by_what_they_were_shown(accumulation: int) -> None:
+    """The compiler gives the memory of an output gradient to something else once it was used."""
+
+    class Chain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layers = nn.ModuleList(SparseLinear(32, 32, density=0.3) for _ in range(3))
+            self.scales = nn.ParameterList(nn.Parameter(torch.rand(32) + 0.5) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer, scale in zip(self.layers, self.scales, strict=True):
+                x = layer(x) * scale
+            return x
+
+    torch._dynamo.reset()
+    model = Chain()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rigl.RigL(model, optimizer, t_end=20, grad_accumulation=accumulation)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler's own
+        function = torch.compile(model, fullgraph=True)
+        for _ in range(accumulation):
+            function(torch.randn(32, 32)).square().sum().backward()
+    torch._dynamo.reset()
+    for layer in model.layers:
+        assert isinstance(layer, SparseLinear)
+        assert layer.growth is not None
+        assert layer.values.grad is not None
+        active = layer.growth.result().active
+        torch.testing.assert_close(active, layer.values.grad.abs(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("passes", [2, 8])
