@@ -232,7 +232,8 @@ class Topology:
 
     def _copy(self, device: torch.device, gpu: bool) -> Topology:
         other = Topology.__new__(Topology)
-        other.__dict__.update({k: v for k, v in self.__dict__.items() if k not in _VIEWS})
+        own = (*_VIEWS, "growth_guess")  # which is written to in place
+        other.__dict__.update({k: v for k, v in self.__dict__.items() if k not in own})
         other._gpu = gpu
         if gpu == self._gpu:
             index = self.index.to(device, copy=True)
