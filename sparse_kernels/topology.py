@@ -35,6 +35,7 @@ from .positions import (
 )
 
 _VIEWS = ("index", "row_ptr", "col_idx", "col_ptr", "slot", "_arrays")  # what `_bind` sets
+_OWN = (*_VIEWS, "growth_guess")  # what a copy must not share: it is written to in place
 
 
 class Topology:
@@ -232,8 +233,7 @@ class Topology:
 
     def _copy(self, device: torch.device, gpu: bool) -> Topology:
         other = Topology.__new__(Topology)
-        own = (*_VIEWS, "growth_guess")  # which is written to in place
-        other.__dict__.update({k: v for k, v in self.__dict__.items() if k not in own})
+        other.__dict__.update({k: v for k, v in self.__dict__.items() if k not in _OWN})
         other._gpu = gpu
         if gpu == self._gpu:
             index = self.index.to(device, copy=True)

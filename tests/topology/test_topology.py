@@ -119,10 +119,12 @@ def test_the_same_generator_gives_the_same_topology():
 @pytest.mark.parametrize("block_size", [1, (4, 2)])
 def test_copies_are_equal_and_independent(block_size):
     topology = Topology.random((24, 36), 0.2, block_size, generator=torch.Generator().manual_seed(0))
+    topology.growth_guess = torch.tensor(1.0)
     for other in (copy.deepcopy(topology), copy.copy(topology).clone(), pickle.loads(pickle.dumps(topology))):
         assert torch.equal(other.index, topology.index)
         assert other.index.data_ptr() != topology.index.data_ptr()
         assert repr(other) == repr(topology)
+        assert other.growth_guess is None
         other.validate()
         address = other.row_ptr.data_ptr()
         free = next(p for p in range(other.rows * other.cols) if p not in set(other.positions().tolist()))
