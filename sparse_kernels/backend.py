@@ -87,7 +87,7 @@ def has_triton(device: str) -> bool:
 
 def why_not_triton(device: str, dtype: torch.dtype, topology: Topology) -> str:
     """Why the Triton kernels cannot multiply here; empty if they can."""
-    if _HAS_TRITON is False:
+    if not _HAS_TRITON:
         return "Triton is not installed (a CUDA build of torch brings it)"
     if not has_triton(device):
         return f"it needs a CUDA tensor, not a {device} one (or TRITON_INTERPRET=1, to try it slowly)"

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import layout
 from .backend import has_triton
 
 _Ints = list[int]
@@ -204,17 +205,14 @@ def _weight(
     groups: int = 1,
     kernel: _Ints | None = None,
 ) -> Weight:
-    """From an operator's arguments. The arrays read stand where layout.py says, on every device."""
-    n, (b_out, b_in) = size[0], (1, 1) if len(size) == 1 else (size[1], size[2])
+    """From an operator's arguments. The arrays read stand in the same places on every device."""
+    n, blocks = size[0], len(size) == 3
+    b_out, b_in = (size[1], size[2]) if blocks else (1, 1)
     taps = kernel[0] * kernel[1] if kernel else 1
     shape = (rows * b_out, cols // taps * b_in, *(kernel or ()))
-    slot_at = rows + 1 + n + groups * cols + 1 + 2 * n
-    return Weight(
-        rows, cols, groups, (b_out, b_in), shape, taps, n,
-        row_ptr=index[: rows + 1],
-        col_idx=index[rows + 1 : rows + 1 + n],
-        slot=None if len(size) == 1 else index[slot_at : slot_at + n],
-    )  # fmt: skip
+    arrays = layout.split(index, n, rows, cols, groups, blocks, gpu=False, transposed=blocks)
+    lists = (arrays.row_ptr, arrays.col_idx, arrays.slot)
+    return Weight(rows, cols, groups, (b_out, b_in), shape, taps, n, *lists)
 
 
 # the operators --------------------------------------------------------------------------------

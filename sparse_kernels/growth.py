@@ -358,7 +358,7 @@ def _observe(ticket: Tensor, x: Tensor, dy: Tensor, conf: list[int], exact: bool
     if scorer is None:
         return
     if not exact:
-        scorer.refuse('derivatives of gradients are scored by backend "cpu" only')
+        scorer.refuse('backend "reference" does not show derivatives of gradients')
     compiled = not _in_own_backward()
     if compiled or (scorer.defer and x.grad_fn is None):  # a leaf may be refilled with the next batch
         x = x.clone()

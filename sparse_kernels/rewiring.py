@@ -155,8 +155,7 @@ def takes_kernels(topology: Topology, *scores: Tensor) -> bool:
 
     Backend "reference" never uses them.
     """
-    device = topology.device.type
-    if not (backend._HAS_TRITON and (device == "cuda" or (device == "cpu" and backend.INTERPRETED))):
+    if not backend.has_triton(topology.device.type):
         return False
     if backend.requested() == "reference" or any(t.dtype is not torch.float32 for t in scores):
         return False
@@ -205,7 +204,7 @@ def _plan_blocks_by_kernels(
         k = int(k)  # on the CPU: nothing waits for the device
     index, replaced, taken = rewire.plan(
         topology.index, n, topology.rows, topology.cols, topology.groups, topology.block_size[1],
-        drop_scores.contiguous(), scores.contiguous(), k, ok.to(device),
+        drop_scores, scores, k, ok.to(device),
     )  # fmt: skip
     words = [_words(t, n) for t in followers]
     rest = tuple(t for t, w in zip(followers, words, strict=True) if w is None)

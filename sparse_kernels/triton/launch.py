@@ -35,6 +35,12 @@ def on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def aligned(t: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy that is contiguous and starts on 16 bytes, as TMA and repeated launches want."""
+    t = t.contiguous()  # the gradient of a sum, for one, has strides of 0
+    return t if t.data_ptr() % 16 == 0 else t.clone()
+
+
 class Launch:
     """One kernel with its compile-time arguments, on one device.
 

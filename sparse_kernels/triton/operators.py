@@ -21,7 +21,7 @@ from . import growth
 from .bsr_sddmm import bsr_sddmm
 from .bsr_spmm import bsr_spmm
 from .configs import TOKEN_BUCKETS, Config, Problem, choose, rule
-from .launch import KNOWN, on_its_device
+from .launch import KNOWN, aligned, on_its_device
 
 _Grads = tuple[Tensor, Tensor, Tensor]
 _BLOCKS = frozenset(itertools.product(TRITON_BLOCKS, repeat=2))
@@ -73,7 +73,7 @@ def growth_norms(x: Tensor, dy: Tensor, b_out: int, b_in: int, score: str) -> Te
         return striped_norms(x, dy, b_out, b_in, score)
     config = _config("growth_norms", b_out, b_in, x)
     return growth.block_norms(
-        _aligned(x), _aligned(dy), b_out, b_in, score, config=config, precision=_precision(x)
+        aligned(x), aligned(dy), b_out, b_in, score, config=config, precision=_precision(x)
     )
 
 
@@ -84,7 +84,7 @@ def growth_candidates(
     """A list that the k best inactive entries of `|dY^T X|` are in; see `growth.candidates`."""
     config = _config("growth_candidates", 1, 1, x)
     return growth.candidates(
-        _aligned(x), _aligned(dy), active, k, guess, config=config, precision=_precision(x)
+        aligned(x), aligned(dy), active, k, guess, config=config, precision=_precision(x)
     )
 
 
@@ -120,10 +120,8 @@ def _spmm(
     b_out, b_in = values.shape[1:]
     side, inner = (b_in, b_out) if transposed else (b_out, b_in)
     config = _config("spmm", side, inner, x, transposed)
-    bias = None if bias is None else _aligned(bias)
-    launch_spmm(
-        _aligned(x), _aligned(values), bias, index, offsets, out, transposed=transposed, config=config
-    )
+    bias = None if bias is None else aligned(bias)
+    launch_spmm(aligned(x), aligned(values), bias, index, offsets, out, transposed=transposed, config=config)
 
 
 def launch_spmm(
@@ -154,7 +152,7 @@ def _sddmm(dy: Tensor, x: Tensor, index: Tensor, offsets: layout.Offsets, values
     if x.shape[0] == 0:
         return dw.zero_()
     config = _config("sddmm", values_size[1], values_size[2], x)
-    operands = (_aligned(dy), _aligned(x), dw, index, offsets)
+    operands = (aligned(dy), aligned(x), dw, index, offsets)
     bsr_sddmm(*operands, config=config, processors=_processors(x.device), precision=_precision(x))
     return dw
 
@@ -174,12 +172,6 @@ def _chosen(
     problem = Problem(op, out, inner, "float32" if arithmetic == "ieee" else arithmetic, tokens, transposed)
     config = choose(problem, name)
     return config if config.kernel == "triton" or KNOWN else rule(problem)
-
-
-def _aligned(t: Tensor) -> Tensor:
-    """The tensor, or a copy that is contiguous and starts on 16 bytes, as TMA wants."""
-    t = t.contiguous()  # the gradient of a sum, for one, has strides of 0
-    return t if t.data_ptr() % 16 == 0 else t.clone()
 
 
 def _precision(x: Tensor) -> str:

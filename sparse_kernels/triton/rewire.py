@@ -27,8 +27,8 @@ from torch import Tensor
 
 from .. import layout
 from . import selection
-from .launch import Launch, on_its_device
-from .selection import NEVER, aligned, before_cut, key_of
+from .launch import Launch, aligned, on_its_device
+from .selection import NEVER, before_cut, key_of
 
 POSITIONS = 2**18  # most that are taken: one program reads all of them for a cut
 LANES = 512  # entries of a row, or rows, that a program takes at once

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch
+from .launch import Launch, aligned
 
 SMALL = 4096
 NEVER = tl.constexpr(2**31 - 1)  # a key that no score has
@@ -114,8 +114,3 @@ def _launch(small: bool, on_device: bool, dtype: torch.dtype | None, device: int
 def constants(small: bool, on_device: bool) -> dict[str, int | bool]:
     """Compile-time arguments and options: of a cut among few keys, and of a k on the device."""
     return {"K_ON_DEVICE": on_device, "TILE": SMALL if small else 2 * SMALL, "num_warps": 16, "num_stages": 1}
-
-
-def aligned(t: Tensor) -> Tensor:
-    """The tensor, or a copy that starts on 16 bytes, as kernels that are launched again expect."""
-    return t if t.data_ptr() % 16 == 0 else t.clone()

@@ -10,8 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, on_its_device
-from .selection import aligned
+from .launch import Launch, aligned, on_its_device
 
 TENSORS = 4  # cleared by one launch
 PROGRAMS = 1024  # that clear, at most

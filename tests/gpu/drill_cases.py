@@ -8,15 +8,16 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
-from product_cases import gpu_topology
+from product_cases import Case, gpu_topology, oracle, run
 from torch import Tensor
 from torch.nn import functional as F
 
 import sparse_kernels as sk
 from sparse_kernels import testing
+
+__all__ = ["Case", "oracle", "run"]  # for the drills, from here
 
 SQUARE = ((16, 16), (32, 32), (64, 64), (128, 128))
 # Every block is as many kernels to compile: all for one dtype, a small and a large one for the others.
@@ -51,24 +52,6 @@ def layer(device: str, inputs: int, outputs: int, block: int, density: float, **
     return made
 
 
-@dataclass
-class Case:
-    """One product.
-
-    Attributes:
-        name: says how to make it again.
-        x, values, bias, dy: operands on the device.
-        topology: on the device.
-    """
-
-    name: str
-    x: Tensor
-    values: Tensor
-    topology: sk.Topology
-    bias: Tensor | None
-    dy: Tensor
-
-
 def random_case(seed: int, dtype: torch.dtype, device: str, integers: bool = False) -> Case:
     """Any block, pattern and number of tokens; `integers`: in -2..2."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
@@ -98,14 +81,8 @@ def random_case(seed: int, dtype: torch.dtype, device: str, integers: bool = Fal
     )
 
 
-def run(case: Case, backend: str = "triton") -> dict[str, Tensor]:
-    """All products by way of the public function."""
-    x, values = (t.detach().clone().requires_grad_() for t in (case.x, case.values))
-    return gradients(case, x, values, backend)
-
-
 def gradients(case: Case, x: Tensor, values: Tensor, backend: str = "triton") -> dict[str, Tensor]:
-    """The same on these leaves."""
+    """What `run` gives, on these leaves."""
     bias = None if case.bias is None else case.bias.detach().requires_grad_()
     leaves = {"dx": x, "dvalues": values} | ({} if bias is None else {"dbias": bias})
     with sk.use_backend(backend):
@@ -115,7 +92,7 @@ def gradients(case: Case, x: Tensor, values: Tensor, backend: str = "triton") ->
 
 
 def dense(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The same by torch's dense products, computed in `dtype`."""
+    """The same by torch's dense products, in `dtype`."""
     x, dy = case.x.to(dtype), case.dy.to(dtype)
     w = case.topology.to_dense(case.values.to(dtype))
     bias = None if case.bias is None else case.bias.to(dtype)
@@ -123,19 +100,6 @@ def dense(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
     if bias is not None:
         found["dbias"] = dy.sum(0)
     return found
-
-
-def magnitudes(case: Case) -> dict[str, Tensor]:
-    """|X| |W| and its like, in float64: what rounding errors are measured by."""
-    size = Case(
-        case.name,
-        case.x.abs(),
-        case.values.abs(),
-        case.topology,
-        None if case.bias is None else case.bias.abs(),
-        case.dy.abs(),
-    )
-    return dense(size, torch.float64)
 
 
 @contextmanager
@@ -172,7 +136,7 @@ def assert_within(name: str, actual: Tensor, expected: Tensor, rival: Tensor, fa
 
 def check_float32(case: Case, found: dict[str, Tensor], tf32: bool) -> None:
     """Entry by entry, against float64."""
-    expected, sizes = dense(case, torch.float64), magnitudes(case)
+    expected, sizes = oracle(case), oracle(case, absolute=True)
     for name, actual in found.items():
         bound = TF32 if tf32 and name != "dbias" else None
         testing.assert_componentwise(
