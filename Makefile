@@ -4,11 +4,13 @@
 #   PYTHON    the interpreter that creates it, 3.10 or newer    (default python3)
 #   PIP_ARGS  more arguments for every pip install, e.g. an index of CPU builds of torch:
 #             make quickstart PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+#   THREADS   of the CPU benchmark                              (default 1)
 #   ONLY      the one part of `make gpu` to run: test, bench, tune or profile    (default all but tune and profile)
 
 VENV     ?= .venv
 PYTHON   ?= python3
 PIP_ARGS ?=
+THREADS  ?= 1
 
 # Before PATH has the environment's own: an interpreter that may have a torch with CUDA, installed by others.
 OUTSIDE := $(shell command -v $(PYTHON))
@@ -22,25 +24,33 @@ BASE    := $(VENV)/.base
 PACKAGE := $(VENV)/.package
 BUILD   := $(VENV)/.build
 TRAIN   := $(VENV)/.extra-train
+BENCH   := $(VENV)/.extra-bench
 TEST    := $(VENV)/.extra-test
 
-.PHONY: help quickstart test bench gpu lint build clean
+.PHONY: help quickstart test bench bench-quick gpu lint build clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1 \t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1 \t/' | expand -t 13
 
 quickstart: $(TRAIN) $(BUILD)  ## environment, build, and a sparse network against a dense one on real data
 	@echo "== rigl train digits"
 	@$(BIN)/rigl train digits
 
+# The operators' tests on the narrower instruction sets run beside the suite, which keeps one core busy.
 test: $(TEST) $(BUILD)  ## environment, build, and the whole test-suite
-	@echo "== pytest"
-	@$(BIN)/python -m pytest
+	@echo "== pytest, and beside it the operators' tests on every other instruction set"
+	@mkdir -p build; $(BIN)/python tests/instruction_sets.py > build/instruction_sets.log 2>&1 & sets=$$!; \
+	trap 'kill $$sets 2> /dev/null' INT TERM; \
+	$(BIN)/python -m pytest; suite=$$?; \
+	wait $$sets; others=$$?; cat build/instruction_sets.log; exit $$((suite | others))
 
-bench: $(TRAIN) $(BUILD)  ## time the operators against the dense library
-	@$(BIN)/python -m bench.run
+bench: $(BENCH) $(BUILD)  ## time everything on the CPU against dense and other sparse layers: 15 minutes; writes bench/results
+	@$(BIN)/python -m pytest bench/suites --record --threads $(THREADS)
+
+bench-quick: $(BENCH) $(BUILD)  ## the most telling of these figures: a minute; writes runs/bench
+	@$(BIN)/python -m pytest bench/suites --quick --threads $(THREADS)
 
 # With the first interpreter whose torch sees a GPU, else the first that has torch; needs no environment then.
 gpu:  ## on a GPU: build, tests, compute-sanitizer, benchmark (or ONLY=test, bench, tune, profile)
@@ -87,9 +97,14 @@ $(TRAIN): $(PACKAGE)
 	@$(PIP) 'sparse-kernels[train]'
 	@touch $@
 
+$(BENCH): $(PACKAGE)
+	@echo "== libraries of the benchmark: matplotlib, pytest-benchmark, rich, tyro"
+	@$(PIP) 'sparse-kernels[bench]'
+	@touch $@
+
 $(TEST): $(PACKAGE)
 	@echo "== tools: pytest, hypothesis, ruff, mypy, clang-format, and Triton unless torch brought one"
-	@$(PIP) 'sparse-kernels[train,test,dev]'
+	@$(PIP) 'sparse-kernels[train,bench,test,dev]'
 	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) 'triton==3.6.0' \
 	  || echo "no Triton for this platform: the tests of GPU kernels are skipped"
-	@touch $@ $(TRAIN)
+	@touch $@ $(TRAIN) $(BENCH)

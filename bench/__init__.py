@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m bench.run --help`. Ratios against torch's best dense, interleaved, medians."""
+"""Benchmarks: of the CPU `make bench` (docs/benchmarks.md), of GPUs `python -m bench.gpu` (docs/gpu.md)."""

@@ -27,6 +27,10 @@ STABLE_TORCH_LIBRARY(sparse_kernels, m) {
   m.def("dense_conv2d_forward(Tensor x, Tensor values, Tensor? bias, Tensor index, int rows, int cols, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups) -> Tensor");
   m.def("dense_conv2d_backward(Tensor dy, Tensor x, Tensor values, Tensor index, int rows, int cols, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups, bool need_x, bool need_values, bool need_bias) -> (Tensor, Tensor, Tensor)");
 
+  // Its scatter of values into a stripe, rows of blocks from `begin` on, and the way back.
+  m.def("dense_scatter(Tensor values, Tensor index, int rows, int cols, int groups, int taps, int begin, Tensor(a!) stripe) -> ()");
+  m.def("dense_sample(Tensor stripe, Tensor index, int rows, int cols, int groups, int taps, int begin, Tensor(a!) values) -> ()");
+
   // The same by Triton kernels (sparse_kernels/triton/operators.py); on CUDA tensors also what `linear*` does.
   m.def("triton_linear_forward(Tensor x, Tensor values, Tensor? bias, Tensor index, int rows, int cols) -> Tensor");
   m.def("triton_linear_backward(Tensor dy, Tensor? x, Tensor? values, Tensor index, int rows, int cols, int[] values_size, bool need_bias) -> (Tensor, Tensor, Tensor)");
@@ -35,10 +39,24 @@ STABLE_TORCH_LIBRARY(sparse_kernels, m) {
   m.def("observe(Tensor(a!) ticket, Tensor x, Tensor dy, int[] conf, bool exact) -> ()");
   // Norms ("l1", "l2") of the blocks of the dense weight gradient dY^T X, [out / b_out, in / b_in] float32.
   m.def("growth_norms(Tensor x, Tensor dy, int b_out, int b_in, str score) -> Tensor");
-  // One stripe of the score matrix against the candidates found so far (growth.cpp).
-  m.def("growth_scan(Tensor scores, int row_begin, Tensor index, int n, int rows, int cols, int groups, int plans, Tensor(a!) active, Tensor(b!) best_scores, Tensor(c!) best_positions, int k, int found) -> int");
+  // Stripes of a dense gradient, which becomes its magnitude, against the candidates found so far in `state`; then
+  // the k best of them, ascending by position (growth.cpp).
+  m.def("growth_state(Tensor scores, int k) -> Tensor");
+  m.def("growth_scan(Tensor(a!) scores, int row_begin, Tensor index, int n, int rows, int cols, int groups, int plans, Tensor(b!) active, Tensor(c!) state, int k) -> bool");
+  m.def("growth_best(Tensor scores, Tensor(a!) state, int rows, int cols, int k) -> (Tensor, Tensor)");
 
+  // All this in one for the dense gradient dY^T X, without that product in float (growth_screen.cpp).
+  m.def("growth_screen(Tensor x, Tensor dy, Tensor index, int n, int rows, int cols, int groups, int plans, int k) -> (Tensor, Tensor, Tensor)");
+
+  // Updates on the CPU (rewiring.cpp): what to drop, what to grow instead, and tensors in value order brought along.
+  m.def("weakest(Tensor values, Tensor index, int n, int rows, int cols, int groups, int plans, int k) -> (Tensor, Tensor)");
+  m.def("exchange(Tensor drop, Tensor dropped, Tensor active, Tensor positions, Tensor scores) -> (Tensor, Tensor)");
+  m.def("reordered(Tensor tensor, Tensor source) -> Tensor");
+  m.def("all_finite(Tensor tensor) -> bool");
+
+  m.def("poison_outputs(bool on) -> Tensor");  // new tensors of CPU operators are NaN first (sparse_kernels/testing.py)
   m.def("cpu_isa() -> str");  // instruction set of the CPU kernels
+  m.def("cpu_fma_peak(float seconds) -> float");  // float32 FLOP/s of its multiply-adds, on one thread
   // clang-format on
 }
 

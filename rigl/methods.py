@@ -10,7 +10,7 @@ from torch import Tensor
 from sparse_kernels.growth import Growth
 
 from .outcomes import NotFinite, NotReady, not_finite
-from .selection import largest, random_outside
+from .selection import exchange, finite, random_outside, rewire
 from .tracking import Tracker
 from .updater import TopologyUpdater
 
@@ -66,11 +66,11 @@ class RigL(TopologyUpdater):
                 f"{name} was reached by {probe.observed} backward passes where one was expected; "
                 "say how many with grad_accumulation="
             )
-        if not tracker.on_device and not bool(grad.isfinite().all()):
+        if not tracker.on_device and not finite(grad):
             raise NotFinite(not_finite("gradient", tracker.name))
         return True
 
-    def _grow(self, tracker: Tracker, drop: Tensor, dropped: Tensor, step: int) -> Tensor:
+    def _exchange(self, tracker: Tracker, drop: Tensor, dropped: Tensor, step: int) -> tuple[Tensor, Tensor]:
         assert tracker.probe is not None  # _check_ready saw it
         growth = tracker.probe.result()
         if not isinstance(growth, Growth):
@@ -78,8 +78,7 @@ class RigL(TopologyUpdater):
         if not growth.finite:
             raise NotFinite(not_finite("score", tracker.name))
         tracker.disarm()
-        scores = torch.cat([growth.active[drop], growth.scores])
-        return largest(scores, torch.cat([dropped, growth.positions]), drop.numel())
+        return exchange(drop, dropped, growth)
 
 
 class SET(TopologyUpdater):
@@ -92,16 +91,17 @@ class SET(TopologyUpdater):
 
     takes_batch = False
 
-    def _grow(self, tracker: Tracker, drop: Tensor, dropped: Tensor, step: int) -> Tensor:
+    def _exchange(self, tracker: Tracker, drop: Tensor, dropped: Tensor, step: int) -> tuple[Tensor, Tensor]:
         topology = tracker.layer.topology
         kept = torch.ones(topology.n_blocks, dtype=torch.bool, device=drop.device)
         kept[drop] = False
+        kept = kept if topology.slot is None else kept[topology.slot.long()]  # in the order of the positions
         # `hash` differs between processes; a digest does not.
         digest = hashlib.blake2b(f"{self._seed}/{tracker.name}/{step}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
         total = topology.rows * topology.cols
-        # Ascending, which value order need not be.
-        return random_outside(topology.positions()[kept].sort().values, total, drop.numel(), generator)
+        grown = random_outside(topology.row_positions()[kept], total, drop.numel(), generator)
+        return rewire(drop, dropped, grown)
 
 
 class Static(TopologyUpdater):

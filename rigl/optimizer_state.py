@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparse_kernels import reorder_
 from sparse_kernels.nn import SparseLayer
+from sparse_kernels.rewiring import reordered
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,26 +56,47 @@ def state_tensors(optimizer: torch.optim.Optimizer, name: str, layer: SparseLaye
     return found
 
 
-def apply_plans(plans: Sequence[Plan], optimizer: torch.optim.Optimizer) -> None:
-    """Update all layers, their values, gradients and optimizer state; on any error put all of it back.
+class HostUpdate:
+    """The update of all layers on the host, ready to be made.
 
-    New positions get value 0, gradient 0 and state 0. All tensors keep their memory.
+    All that can fail is behind it when it is there, and nothing has changed: what becomes of the indices,
+    values, gradients and optimizer state stands beside them. New positions get 0 in all of these.
+
+    Args:
+        plans: of the layers.
+        optimizer: of their values.
+
+    Attributes:
+        replaced: weights.
+        layers: how many.
     """
-    followers = [state_tensors(optimizer, plan.name, plan.layer) for plan in plans]
-    saved: list[tuple[Tensor, Tensor]] = []
-    try:
-        for plan, state in zip(plans, followers, strict=True):
+
+    def __init__(self, plans: Sequence[Plan], optimizer: torch.optim.Optimizer) -> None:
+        self.replaced, self.layers = 0, len(plans)
+        self._writes: list[tuple[Tensor, Tensor]] = []
+        for plan in plans:
+            values, topology = plan.layer.values, plan.layer.topology
+            state = state_tensors(optimizer, plan.name, plan.layer)
             if plan.drop.numel() == 0:
                 continue
-            values = plan.layer.values
+            index, source = topology.updated(plan.drop, plan.grow)
             grads = [] if values.grad is None else [values.grad]
-            touched = [plan.layer.topology.index, values.data, *grads, *state]
-            saved += [(tensor, tensor.clone()) for tensor in touched]
-            source = plan.layer.update_topology(plan.drop, plan.grow)
-            for tensor in state:
-                reorder_(tensor, source)
-    except BaseException:  # also an interrupt: the state is the old one or the new one, nothing between
-        with torch.no_grad():
-            for tensor, old in saved:
-                tensor.copy_(old)
-        raise
+            self._writes += [(t, reordered(t, source)) for t in (values.data, *grads, *state)]
+            self._writes.append((topology.index, index))
+            self.replaced += plan.drop.numel() * topology.block_numel
+
+    def apply(self) -> None:
+        """Make it. All tensors keep their memory.
+
+        Copies may be repeated: an interrupt between two of them does not leave the update half made.
+        """
+        try:
+            self._copy()
+        except BaseException:
+            self._copy()
+            raise
+
+    @torch.no_grad()
+    def _copy(self) -> None:
+        for tensor, new in self._writes:
+            tensor.copy_(new)

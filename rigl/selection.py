@@ -8,16 +8,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparse_kernels import _ops
+from sparse_kernels.growth import Growth
 from sparse_kernels.positions import draw_positions
+from sparse_kernels.topology import Topology
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether all entries are finite. Waits for a GPU."""
+    tensor = tensor.detach()
+    if tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64):
+        return bool(_ops.all_finite(tensor.contiguous()))
+    return bool(tensor.isfinite().all())
 
 
 def magnitudes(values: Tensor, block_score: str = "l1") -> Tensor:
     """Score of every active position: |w|, or the norm of its block. `[nnz]` or `[n, b, b]` -> `[n]`."""
+    return signed(values, block_score).abs()
+
+
+def signed(values: Tensor, block_score: str = "l1") -> Tensor:
+    """The same, but single weights keep their sign: what `weakest` takes, without a copy."""
     values = values.detach()
     if values.dtype not in (torch.float32, torch.float64):
         values = values.float()
     if values.dim() == 1:
-        return values.abs()
+        return values
     blocks = values.flatten(1)
     return blocks.abs().sum(1) if block_score == "l1" else blocks.square().sum(1).sqrt()
 
@@ -41,21 +57,42 @@ def smallest(scores: Tensor, k: int) -> Tensor:
     return chosen.nonzero().flatten()
 
 
-def largest(scores: Tensor, positions: Tensor, k: int) -> Tensor:
-    """The k positions that come first in the order (score descending, position ascending), as a set.
+def weakest(topology: Topology, scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k positions whose scores are nearest to 0: where their values stand, and they, ascending.
+
+    Equal ones go by position, wherever their values stand.
 
     Args:
-        scores: `[m]` finite.
-        positions: `[m]` int64, distinct, any order.
-        k: clipped to `[0, m]`.
+        topology: of the values.
+        scores: `[n_blocks]` finite, in value order: magnitudes, or single weights with their sign.
+        k: clipped to `[0, n_blocks]`.
     """
-    m = scores.numel()
-    if k <= 0 or k >= m:
-        return positions[: max(k, 0)]
-    threshold = scores.kthvalue(m - k + 1).values
-    above = positions[scores > threshold]
-    tied = positions[scores == threshold].sort().values
-    return torch.cat([above, tied[: k - above.numel()]])
+    if topology.device.type == "cpu":
+        return _ops.weakest(scores.contiguous(), *topology._on_cpu(), k)  # type: ignore[no-any-return]
+    positions = topology.positions()
+    if topology.slot is None:
+        drop = smallest(scores.abs(), k)
+    else:
+        order = positions.argsort()
+        drop = order[smallest(scores[order].abs(), k)]
+    return drop, positions[drop]
+
+
+def exchange(drop: Tensor, dropped: Tensor, growth: Growth) -> tuple[Tensor, Tensor]:
+    """Of the weights dropped and the candidates to grow, the best by growth score stay or come.
+
+    Equal ones go by position, the lowest first.
+
+    Args:
+        drop: `[k]` where the values of those dropped stand.
+        dropped: `[k]` their positions, ascending.
+        growth: with at least k candidates, or all there are.
+
+    Returns:
+        What is still to drop, and the positions to grow, equally many.
+    """
+    found = growth.active, growth.positions, growth.scores
+    return _ops.exchange(drop, dropped, *found)  # type: ignore[no-any-return]
 
 
 def random_outside(kept: Tensor, total: int, k: int, generator: torch.Generator) -> Tensor:

@@ -17,10 +17,10 @@ from sparse_kernels.nn import SparseLayer
 from .attaching import attach, check_layers, check_objects, detach, evaluate_closure, innermost
 from .checkpoint import check_state
 from .device import DeviceUpdate, Verdict
-from .optimizer_state import Plan, apply_plans
+from .optimizer_state import HostUpdate, Plan
 from .outcomes import NonFiniteWarning, NotFinite, NotReady, SkippedUpdateWarning, not_finite
 from .schedules import Schedule, Window, drop_fraction, replaced
-from .selection import magnitudes, rewire, smallest
+from .selection import finite, signed, weakest
 from .tracking import Tracker
 
 logger = logging.getLogger("rigl")
@@ -119,8 +119,15 @@ class TopologyUpdater:
 
     # what a method decides ------------------------------------------------------------------
 
-    def _grow(self, tracker: Tracker, drop: Tensor, dropped: Tensor, step: int) -> Tensor:
-        """As many positions as `drop` has, out of those inactive or just dropped."""
+    def _exchange(self, tracker: Tracker, drop: Tensor, dropped: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """What is left to drop, and as many positions to grow: inactive ones.
+
+        Args:
+            tracker: the layer.
+            drop: where the values of the weakest stand.
+            dropped: their positions, ascending. They may be grown again, and then simply stay.
+            step: of the update.
+        """
         raise NotImplementedError
 
     def _check_ready(self, tracker: Tracker) -> bool:
@@ -185,7 +192,7 @@ class TopologyUpdater:
     def _update(self) -> bool:
         """Update all layers or none. Whether the attempt used up its turn (and batch, if it takes one)."""
         self._settle()
-        step, problem, update = self.step_count, "", None
+        step, problem, update, here = self.step_count, "", None, None
         try:
             plans, update = self._plan_all(step)
             for tracker in self._trackers:  # what the scorers hold is not needed any more
@@ -193,25 +200,28 @@ class TopologyUpdater:
             verdict = None if update is None else update.verdict(step)
             if plans and verdict is not None and (bad := verdict.read()[0]):
                 raise NotFinite(bad)  # the layers on the host must know
-            apply_plans(plans, self._optimizer)
+            here = HostUpdate(plans, self._optimizer)
         except NotReady as reason:
             if str(reason):
                 message = f"topology update postponed by a step at step {step}: {reason}"
                 warnings.warn(message, SkippedUpdateWarning, stacklevel=2)
             return False
         except NotFinite as reason:
-            plans, verdict, problem = [], None, str(reason)
+            verdict, problem = None, str(reason)
         except BaseException:
             self._arm()  # nothing has changed; the next batch is the next attempt
             raise
         self._last_update, self.updated = step, True
-        here = sum(plan.drop.numel() * plan.layer.topology.block_numel for plan in plans)
+        replaced, layers = (0, 0) if here is None else (here.replaced, here.layers)
         if verdict is None:
-            self._conclude(step, problem, here, len(plans))
-            return True
-        self._pending, self._replaced_here = verdict, (here, len(plans))
-        assert update is not None
-        update.apply()
+            self._conclude(step, problem, replaced, layers)
+        else:
+            self._pending, self._replaced_here = verdict, (replaced, layers)
+        if here is not None:
+            here.apply()
+        if verdict is not None:
+            assert update is not None
+            update.apply()
         return True
 
     def _settle(self) -> None:
@@ -246,17 +256,11 @@ class TopologyUpdater:
 
     def _plan(self, tracker: Tracker, k: int, step: int) -> Plan:
         layer, topology = tracker.layer, tracker.layer.topology
-        scores, positions = magnitudes(layer.values, self._block_score), topology.positions()
-        if not bool(scores.isfinite().all()):
+        scores = signed(layer.values, self._block_score)
+        if not finite(scores):
             raise NotFinite(not_finite("weight", tracker.name))
-        if topology.slot is None:
-            drop = smallest(scores, k)
-        else:  # equal scores go by position, wherever their values stand
-            order = positions.argsort()
-            drop = order[smallest(scores[order], k)]
-        dropped = positions[drop]
-        drop, grow = rewire(drop, dropped, self._grow(tracker, drop, dropped, step))
-        return Plan(tracker.name, layer, drop, grow)
+        drop, dropped = weakest(topology, scores, k)
+        return Plan(tracker.name, layer, *self._exchange(tracker, drop, dropped, step))
 
     # for the user ---------------------------------------------------------------------------
 

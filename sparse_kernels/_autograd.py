@@ -13,25 +13,16 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _ops
+from .backend import exporting
 
 _Maybe = Tensor | None
 _Operands = tuple[_Maybe, _Maybe, Tensor]  # x, values, index
-_Sizes = list[int]
-_FORWARD = {
-    "linear": _ops.linear_forward,
-    "conv2d": _ops.conv2d_forward,
-    "dense_linear": _ops.dense_linear_forward,
-    "dense_conv2d": _ops.dense_conv2d_forward,
-    "triton_linear": _ops.triton_linear_forward,
-}
-
-
-_HAS_FLAG = hasattr(torch.compiler, "_is_exporting_flag")
-
-
-def _exporting() -> bool:
-    """`torch.compiler.is_exporting()`, which torch 2.11 takes for true in everything it compiles."""
-    return bool(torch.compiler._is_exporting_flag if _HAS_FLAG else torch.compiler.is_exporting())
+_Sizes = tuple[int, ...]
+_Conf = tuple[Any, ...]  # what an operator takes after `index`
+_KINDS = ("linear", "conv2d", "dense_linear", "dense_conv2d", "triton_linear")
+_FORWARD = {kind: getattr(_ops, f"{kind}_forward") for kind in _KINDS}
+_BACKWARD = {kind: getattr(_ops, f"{kind}_backward") for kind in _KINDS}
+_CONV = frozenset(kind for kind in _KINDS if kind.endswith("conv2d"))
 
 
 def product(
@@ -40,7 +31,7 @@ def product(
     values: Tensor,
     bias: Tensor | None,
     index: Tensor,
-    *conf: Any,
+    conf: _Conf,
     ticket: _Maybe = None,
 ) -> Tensor:
     """`y` of the operator `kind + "_forward"`, differentiable in `x`, `values` and `bias`.
@@ -48,18 +39,16 @@ def product(
     `x` and `values` are in a layout that the operator takes; `conf` is what it takes after `index`. The
     growth scorer of `ticket` is shown the factors of whatever is added to the gradient of `values`.
     """
-    if _exporting():  # an exported program has no Function: its operators must know
-        return (_ops.conv2d if _is_conv(kind) else _ops.linear)(x, values, bias, index, *conf)
+    if exporting():  # an exported program has no Function: its operators must know
+        return (_ops.conv2d if kind in _CONV else _ops.linear)(x, values, bias, index, *conf)
     # Skipped when nothing needs a gradient: a Function costs as much as a small product. Forward-mode
     # differentiation it refuses by name, where the operator alone would lose the tangent.
-    wanted = x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
+    wanted = values.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
     if (wanted and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
-        return _Product.apply(kind, ticket, x, values, bias, index, *conf)
+        apply = _Product.apply if torch.compiler.is_compiling() else _apply
+        tickets = () if ticket is None else (ticket,)
+        return apply((kind, conf), x, values, bias, index, *tickets)  # type: ignore[no-any-return]
     return _FORWARD[kind](x, values, bias, index, *conf)
-
-
-def _is_conv(kind: str) -> bool:
-    return kind.endswith("conv2d")
 
 
 def _saved(kind: str, x: Tensor, values: Tensor, index: Tensor, need: tuple[bool, ...]) -> _Operands:
@@ -68,7 +57,7 @@ def _saved(kind: str, x: Tensor, values: Tensor, index: Tensor, need: tuple[bool
     As torch's own: a Linear neither keeps nor guards what its gradients do not read, a convolution keeps all.
     `index` is among it: its version counter then catches an update between forward and backward.
     """
-    if _is_conv(kind):
+    if kind in _CONV:
         return x, values, index
     return x if need[1] else None, values if need[0] else None, index
 
@@ -77,9 +66,9 @@ def _gradients(
     kind: str,
     dy: Tensor,
     operands: _Operands,
-    conf: tuple[Any, ...],
+    conf: _Conf,
     values_size: _Sizes,
-    need: tuple[bool, ...],
+    need: tuple[bool, bool, bool],
     ticket: _Maybe = None,
 ) -> tuple[Tensor, ...]:
     """The gradients of `x`, `values` and `bias` that `need` names; empty tensors for the others.
@@ -87,42 +76,50 @@ def _gradients(
     `operands`: those that `_saved` keeps for them, or more.
     """
     x, values, index = operands
-    if ticket is not None and x is not None and need[1]:
-        settings = [*conf[3], *conf[4], *conf[5], conf[6]] if _is_conv(kind) else []
+    need_x, need_values, need_bias = need
+    if ticket is not None and x is not None and need_values:
+        settings = [*conf[3], *conf[4], *conf[5], conf[6]] if kind in _CONV else []
         _ops.observe(ticket, x, dy, settings, True)
     # Compiled code is never differentiated twice, and the compiler does not trace a Function in a backward.
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _Gradients.apply(kind, ticket, dy, x, values, index, conf, values_size, need)
-    backward = getattr(_ops, f"{kind}_backward")
-    if _is_conv(kind):
-        return backward(_like(dy, x), x, values, index, *conf, *need)
-    x, values = x if need[1] else None, values if need[0] else None
-    return backward(dy.contiguous(), x, values, index, *conf, values_size, need[2])
+        return _Gradients.apply(kind, ticket, dy, x, values, index, conf, values_size, need)  # type: ignore[no-any-return]
+    backward = _BACKWARD[kind]
+    if kind in _CONV:
+        return backward(_like(dy, x), x, values, index, *conf, *need)  # type: ignore[no-any-return]
+    x, values = x if need_values else None, values if need_x else None
+    return backward(dy.contiguous(), x, values, index, *conf, values_size, need_bias)  # type: ignore[no-any-return]
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any,
-        kind: str,
-        ticket: _Maybe,
+        call: tuple[str, _Conf],
         x: Tensor,
         values: Tensor,
         bias: Tensor | None,
         index: Tensor,
-        *conf: Any,
+        *ticket: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(ticket, *_saved(kind, x, values, index, ctx.needs_input_grad[2:5]))
-        ctx.kind, ctx.conf, ctx.values_size = kind, conf, list(values.shape)
+        # Few arguments and attributes: each costs a small layer 0.3 us.
+        kind, conf = call
+        ctx.save_for_backward(*_saved(kind, x, values, index, ctx.needs_input_grad[1:3]), *ticket)
+        ctx.call = kind, conf, values.shape
         return _FORWARD[kind](x, values, bias, index, *conf)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[_Maybe, ...]:  # type: ignore[override]
-        ticket, *operands = ctx.saved_tensors
-        need = ctx.needs_input_grad[2:5]
-        grads = _gradients(ctx.kind, dy, operands, ctx.conf, ctx.values_size, need, ticket)
-        wanted = (g if n else None for g, n in zip(grads, need, strict=True))
-        return None, None, *wanted, None, *(None for _ in ctx.conf)
+        x, values, index, *ticket = ctx.saved_tensors
+        kind, conf, values_size = ctx.call
+        need_x, need_values, need_bias = need = ctx.needs_input_grad[1:4]
+        dx, dw, db = _gradients(kind, dy, (x, values, index), conf, values_size, need, *ticket)
+        none = (None,) * (1 + len(ticket))
+        return None, dx if need_x else None, dw if need_values else None, db if need_bias else None, *none
+
+
+# What `_Product.apply` comes to outside compiled code and functorch's transforms, which `functional` refuses:
+# it costs 2 us less.
+_apply = super(torch.autograd.Function, _Product).apply
 
 
 class _Gradients(torch.autograd.Function):
@@ -137,9 +134,9 @@ class _Gradients(torch.autograd.Function):
         x: _Maybe,
         values: _Maybe,
         index: Tensor,
-        conf: tuple[Any, ...],
+        conf: _Conf,
         values_size: _Sizes,
-        need: tuple[bool, ...],
+        need: tuple[bool, bool, bool],
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(ticket, dy, x, values, index)
         ctx.kind, ctx.conf, ctx.values_size = kind, conf, values_size
@@ -155,9 +152,9 @@ class _Gradients(torch.autograd.Function):
         if need_dy:
             parts = []
             if to_dx is not None:
-                parts.append(product(kind, _like(to_dx, x), values, None, index, *conf, ticket=ticket))
+                parts.append(product(kind, _like(to_dx, x), values, None, index, conf, ticket))
             if to_dw is not None:
-                parts.append(product(kind, x, to_dw.contiguous(), None, index, *conf))
+                parts.append(product(kind, x, to_dw.contiguous(), None, index, conf))
             if to_db is not None:
                 parts.append(to_db.reshape(-1, *(1 for _ in dy.shape[2:])).expand_as(dy))
             g_dy = sum(parts[1:], parts[0]) if parts else None

@@ -38,8 +38,17 @@ dense_conv2d_forward = _lib.dense_conv2d_forward.default
 dense_conv2d_backward = _lib.dense_conv2d_backward.default
 growth_norms = _lib.growth_norms.default
 observe = _lib.observe.default
+growth_screen = _lib.growth_screen.default
+growth_state = _lib.growth_state.default
 growth_scan = _lib.growth_scan.default
+poison_outputs = _lib.poison_outputs.default
+growth_best = _lib.growth_best.default
+weakest = _lib.weakest.default
+exchange = _lib.exchange.default
+reordered = _lib.reordered.default
+all_finite = _lib.all_finite.default
 cpu_isa = _lib.cpu_isa.default
+cpu_fma_peak = _lib.cpu_fma_peak.default
 
 
 def out_features(values: Tensor, rows: int) -> int:

@@ -3,11 +3,12 @@
 Worth it at high density, and on a GPU for single weights, which tensor cores cannot skip. Values, gradients
 and optimizer state still take O(nnz): the scratch lives for one product, and the gradient of the values is
 sampled from stripes of the dense one, so that no gradient of the dense size is kept. These operators have the
-schemas of the sparse ones.
+schemas of the sparse ones. Of a CSR weight with all positions active, the values are the dense weight.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import layout
+from . import _load, layout  # noqa: F401  (_load registers the operators)
 from .backend import has_triton
 
 _Ints = list[int]
@@ -25,6 +26,9 @@ _Grads = tuple[Tensor, Tensor, Tensor]
 
 # Of the dense gradient held at a time: 4 MiB in float32 on a CPU; a GPU needs more to be busy.
 _STRIPE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 23}
+
+_scatter_on_cpu = torch.ops.sparse_kernels.dense_scatter.default
+_sample_on_cpu = torch.ops.sparse_kernels.dense_sample.default
 
 
 class Geometry(Protocol):
@@ -48,10 +52,37 @@ class Weight:
     block_size: tuple[int, int]
     shape: tuple[int, ...]
     taps: int
-    n: int
-    row_ptr: Tensor
-    col_idx: Tensor
-    slot: Tensor | None
+    n: int = 0
+    index: Tensor | None = None
+
+    @functools.cached_property
+    def _arrays(self) -> layout.Arrays:
+        assert self.index is not None
+        blocks = self.block_size != (1, 1)
+        grid = (self.n, self.rows, self.cols, self.groups)
+        return layout.split(self.index, *grid, blocks, gpu=False, transposed=blocks)
+
+    @property
+    def row_ptr(self) -> Tensor:  # noqa: D102
+        return self._arrays.row_ptr
+
+    @property
+    def col_idx(self) -> Tensor:  # noqa: D102
+        return self._arrays.col_idx
+
+    @property
+    def slot(self) -> Tensor | None:  # noqa: D102
+        return self._arrays.slot
+
+    @property
+    def place(self) -> tuple[Tensor | None, int, int, int, int]:
+        """What the scatter and the sampling on a CPU take of it."""
+        return self.index, self.rows, self.cols, self.groups, self.taps
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the values are the dense weight, element by element."""
+        return self.block_size == (1, 1) and self.n == self.rows * self.cols
 
 
 def under_autocast(device: str) -> bool:
@@ -118,9 +149,7 @@ def stripe_to_blocks(gradient: Tensor, weight: Geometry) -> Tensor:
 def growth_norms(x: Tensor, dy: Tensor, b_out: int, b_in: int, score: str) -> Tensor:
     """Norms of the blocks of `dY^T X` by stripes, `[out / b_out, in / b_in]` float32 (or float64, as `x`)."""
     grid = (dy.shape[1] // b_out, x.shape[1] // b_in)
-    weight = Weight(
-        *grid, 1, (b_out, b_in), (dy.shape[1], x.shape[1]), 1, 0, dy.new_empty(0), dy.new_empty(0), None
-    )
+    weight = Weight(*grid, 1, (b_out, b_in), (dy.shape[1], x.shape[1]), 1)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     scores = x.new_empty(grid, dtype=wide)
     with no_autocast(x.device.type):
@@ -136,47 +165,63 @@ def growth_norms(x: Tensor, dy: Tensor, b_out: int, b_in: int, score: str) -> Te
 
 
 def scatter(values: Tensor, weight: Weight) -> Tensor:
-    """Values -> dense weight, zeros where inactive."""
+    """Values -> dense weight, zeros where inactive. A view of the values if it is full."""
+    if weight.is_full:
+        return values.view(weight.shape)
     if _by_kernel(values):
         from .triton import densify
 
         dense = values.new_empty(weight.shape)
         densify.scatter(values, dense, weight.row_ptr, weight.col_idx, weight.slot, weight.taps)
         return dense
+    if values.is_cpu:
+        dense = values.new_empty(weight.shape)
+        if dense.numel() > 0:
+            _scatter_on_cpu(values, *weight.place, 0, dense)
+        return dense
     b_out, b_in = weight.block_size
+    slot = weight.slot
     blocks = values.reshape(weight.n, b_out, b_in)
-    blocks = blocks if weight.slot is None else blocks[weight.slot]
+    blocks = blocks if slot is None else blocks[slot]
     grid = values.new_zeros(weight.rows * weight.cols, b_out, b_in)
     grid[_positions(weight)] = blocks
     parts = grid.reshape(weight.shape[0] // b_out, weight.shape[1] // b_in, weight.taps, b_out, b_in)
     return parts.permute(0, 3, 1, 4, 2).reshape(weight.shape).contiguous()
 
 
-def sample(stripe_of: Callable[[int, int], Tensor], values_size: _Ints, weight: Weight) -> Tensor:
+def sample(
+    stripe_of: Callable[[int, int], Tensor], values_size: _Ints, weight: Weight, device: str
+) -> Tensor:
     """The gradient of the values, from `stripe_of(begin, end)` for all stripes."""
+    if weight.is_full and weight.groups == 1:
+        return stripe_of(0, weight.rows).reshape(values_size)
     positions, found = None, None
-    for begin, end in stripes(weight, weight.row_ptr.device.type):
+    for begin, end in stripes(weight, device):
         stripe = stripe_of(begin, end)
         if found is None:
-            found = stripe.new_zeros(values_size)
+            found = stripe.new_empty(values_size) if stripe.is_cpu else stripe.new_zeros(values_size)
         if _by_kernel(found):
             from .triton import densify
 
             arrays = (weight.row_ptr, weight.col_idx, weight.slot, weight.taps)
             densify.sample(stripe.contiguous(), found, *arrays, begin, end)
             continue
+        if stripe.is_cpu:
+            _sample_on_cpu(stripe.contiguous(), *weight.place, begin, found)
+            continue
         # Fixed shapes, so that nothing is read on the host: what lies in other stripes is asked for at their
         # edge, and not taken.
+        slot = weight.slot
         positions = _positions(weight) if positions is None else positions
         blocks = stripe_to_blocks(stripe, weight).flatten(0, 1)
         low, count = begin * weight.cols, (end - begin) * weight.cols
         inside = (positions >= low) & (positions < low + count)
         taken = blocks[(positions - low).clamp_(0, count - 1)].reshape(values_size)
         inside = inside.reshape(-1, *(1 for _ in values_size[1:]))
-        if weight.slot is None:
+        if slot is None:
             found = torch.where(inside, taken, found)
         else:
-            found[weight.slot] = torch.where(inside, taken, found[weight.slot])
+            found[slot] = torch.where(inside, taken, found[slot])
     if found is None:
         raise RuntimeError("a weight without rows has no gradient to sample")
     return found
@@ -205,14 +250,12 @@ def _weight(
     groups: int = 1,
     kernel: _Ints | None = None,
 ) -> Weight:
-    """From an operator's arguments. The arrays read stand in the same places on every device."""
-    n, blocks = size[0], len(size) == 3
-    b_out, b_in = (size[1], size[2]) if blocks else (1, 1)
+    """From an operator's arguments."""
+    n = size[0]
+    b_out, b_in = (size[1], size[2]) if len(size) == 3 else (1, 1)
     taps = kernel[0] * kernel[1] if kernel else 1
     shape = (rows * b_out, cols // taps * b_in, *(kernel or ()))
-    arrays = layout.split(index, n, rows, cols, groups, blocks, gpu=False, transposed=blocks)
-    lists = (arrays.row_ptr, arrays.col_idx, arrays.slot)
-    return Weight(rows, cols, groups, (b_out, b_in), shape, taps, n, *lists)
+    return Weight(rows, cols, groups, (b_out, b_in), shape, taps, n, index)
 
 
 # the operators --------------------------------------------------------------------------------
@@ -304,7 +347,7 @@ def _weight_gradient(
 ) -> Tensor:
     if weight.n == 0 or weight.rows * weight.cols == 0:
         return like.new_zeros(size)
-    return sample(stripe_of, size, weight)
+    return sample(stripe_of, size, weight, like.device.type)
 
 
 def _pair(sizes: _Ints) -> tuple[int, int]:

@@ -20,7 +20,11 @@ from ._autograd import product
 from .backend import select
 from .topology import Topology
 
-_NATIVE = (torch.float32, torch.float64)  # dtypes that the CPU kernels compute in; others go through float32
+_NATIVE = (torch.float32, torch.float64)  # dtypes that the CPU kernels compute in
+# Dtypes that they read and write as well, for single weights of a Linear, computing in float32; elsewhere on
+# the CPU torch converts.
+_STORED = (torch.bfloat16, torch.float16)
+_LINEAR = {"cpu": "linear", "triton": "triton_linear", "dense": "dense_linear"}  # operators, by backend
 _Pair = tuple[int, int]
 
 
@@ -93,13 +97,39 @@ def _linear(
     bias: Tensor | None,
     ticket: Tensor | None = None,
 ) -> Tensor:
+    # The most common case in as few steps as possible, for layers that are as small as a call: nothing is to
+    # be cast or copied. Here the operator's checks find what does not fit; the way in general then says it in
+    # better words.
+    try:
+        if (
+            x.is_cpu
+            and x.is_contiguous()
+            and x.dim() == 2
+            and (x.dtype in _NATIVE or (x.dtype in _STORED and not topology.is_bsr))
+            and values.is_contiguous()
+            and len(topology.shape) == 2
+            and not torch.compiler.is_compiling()
+            and not torch.is_autocast_enabled("cpu")
+            and not torch._C._are_functorch_transforms_active()
+            and select(x, topology) == "cpu"
+        ):
+            conf = (topology.rows, topology.cols)
+            return product("linear", x, values, bias, topology.index, conf, ticket)
+    except (RuntimeError, AttributeError):
+        pass
+    return _linear_in_general(x, values, topology, bias, ticket)
+
+
+def _linear_in_general(
+    x: Tensor, values: Tensor, topology: Topology, bias: Tensor | None, ticket: Tensor | None
+) -> Tensor:
     _check(x, values, topology, bias, dims=2)
     if x.dim() < 1 or x.shape[-1] != topology.shape[1]:
         raise ValueError(
             f"expected an input of shape [*, {topology.shape[1]}] for a weight of shape {topology.shape}, "
             f"got {list(x.shape)}"
         )
-    x, values, bias, out_dtype = _cast(x, values, bias)
+    x, values, bias, out_dtype = _cast(x, values, bias, topology)
     flat = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
     name = _select(x, topology)
     if name == "reference":
@@ -108,8 +138,7 @@ def _linear(
             y = _Observe.apply(y, flat, ticket, [])
     else:
         operands = (flat.contiguous(), values.contiguous(), bias, topology.index)
-        kind = {"dense": "dense_linear", "triton": "triton_linear"}.get(name, "linear")
-        y = product(kind, *operands, topology.rows, topology.cols, ticket=ticket)
+        y = product(_LINEAR[name], *operands, (topology.rows, topology.cols), ticket)
     if x.dim() != 2:
         y = y.reshape(*x.shape[:-1], topology.shape[0])
     return y if y.dtype == out_dtype else y.to(out_dtype)
@@ -135,7 +164,7 @@ def _conv2d(
             f"expected an input of shape [n, {channels}, h, w] or [{channels}, h, w] for a weight of shape "
             f"{topology.shape} with groups = {groups}, got {list(x.shape)}"
         )
-    x, values, bias, out_dtype = _cast(x, values, bias)
+    x, values, bias, out_dtype = _cast(x, values, bias, topology)
     image = x if x.dim() == 4 else x.unsqueeze(0)
     kernel = topology.shape[2:]
     image, pads = _explicit_padding(image, padding, kernel, dilation)
@@ -145,7 +174,7 @@ def _conv2d(
             f"the output would be empty ({size[0]} x {size[1]}): input {list(x.shape)}, kernel {kernel}, "
             f"stride {stride}, padding {padding}, dilation {dilation}"
         )
-    name = _select(image, topology)
+    name = _select(image, topology, size[0] * size[1])
     conf = (stride, pads, dilation, groups)
     if name == "reference":
         y = reference.conv2d(image, values, topology, bias, *conf)
@@ -161,7 +190,7 @@ def _conv2d(
         ints = [list(pair) for pair in (kernel, stride, pads, dilation)]
         operands = (image, values.contiguous(), bias, topology.index)
         kind = "dense_conv2d" if name == "dense" else "conv2d"
-        y = product(kind, *operands, topology.rows, topology.cols, *ints, groups, ticket=ticket)
+        y = product(kind, *operands, (topology.rows, topology.cols, *ints, groups), ticket)
     return (y if x.dim() == 4 else y.squeeze(0)).to(out_dtype)
 
 
@@ -206,7 +235,7 @@ def _check(x: Tensor, values: Tensor, topology: Topology, bias: Tensor | None, d
 
 
 def _cast(
-    x: Tensor, values: Tensor, bias: Tensor | None
+    x: Tensor, values: Tensor, bias: Tensor | None, topology: Topology
 ) -> tuple[Tensor, Tensor, Tensor | None, torch.dtype]:
     """Inputs in the dtype to compute in, and the dtype of the output."""
     device = x.device.type
@@ -215,10 +244,16 @@ def _cast(
         out = torch.get_autocast_dtype(device)
         x, values = x.to(out), values.to(out)
         bias = None if bias is None else bias.to(out)
-    if device == "cpu" and out not in _NATIVE:
+    if device == "cpu" and out not in _NATIVE and not _reads(out, x, topology):
         x, values = x.float(), values.float()
         bias = None if bias is None else bias.float()
     return x, values, None if bias is None else bias.contiguous(), out
+
+
+def _reads(dtype: torch.dtype, x: Tensor, topology: Topology) -> bool:
+    """Whether the kernels on the CPU that would run take this reduced dtype as it is."""
+    single = len(topology.shape) == 2 and not topology.is_bsr
+    return dtype in _STORED and single and select(x, topology) == "cpu"
 
 
 def _explicit_padding(
@@ -238,8 +273,8 @@ def _explicit_padding(
     return x, (total[0] // 2, total[1] // 2)
 
 
-def _select(x: Tensor, topology: Topology) -> str:
-    name = select(x, topology)
+def _select(x: Tensor, topology: Topology, pixels: int = 1) -> str:
+    name = select(x, topology, pixels)
     # Asked here because compiled code would drop the custom backward and return zeros (torch 2.11 to 2.13).
     if name != "reference" and torch._C._are_functorch_transforms_active():
         raise RuntimeError(

@@ -34,8 +34,9 @@ class Growth:
     """What a scorer found.
 
     Attributes:
-        active: `[n_blocks]` scores of the active positions, in value order.
-        positions: `[<= k]` int64, the best inactive positions, best first, ties to the lowest.
+        active: `[n_blocks]` scores of the active positions, in value order; -inf for some of which no more is
+            known than that k inactive positions are better.
+        positions: `[<= k]` int64, the best inactive positions, ascending; ties went to the lowest.
         scores: `[<= k]` their scores.
         finite: False if any score of the layer is NaN or infinite; the rest is then meaningless.
     """
@@ -127,6 +128,9 @@ class GradientSum:
         topology = self._topology
         stripe_of: Any = dense.linear_stripe if len(topology.shape) == 2 else dense.conv2d_stripe
         pairs = [(_wide(x), _wide(dy), *conf) for x, dy, *conf in self._pairs]
+        if pairs and len(topology.shape) == 2 and not topology._gpu:
+            yield from _linear_stripes(pairs, topology)
+            return
         for begin, end in dense.stripes(topology, pairs[0][0].device.type) if pairs else ():
             with dense.no_autocast(pairs[0][0].device.type):
                 parts = (stripe_of(x, dy, topology, begin, end, *conf) for x, dy, *conf in pairs)
@@ -140,6 +144,24 @@ class GradientSum:
         b_out = self._topology.block_size[0]
         for begin, end in dense.stripes(self._topology, self._total.device.type):
             yield begin, self._total[begin * b_out : end * b_out].clone()
+
+
+def _linear_stripes(pairs: Any, topology: Topology) -> Iterator[tuple[int, Tensor]]:
+    """The dense gradient of a Linear on the CPU, all in the same memory, which stays in the cache.
+
+    The dense library is slower on less than 256 rows.
+    """
+    b_out = topology.block_size[0]
+    outputs, inputs = topology.shape
+    rows = max(1, min(dense._STRIPE_ELEMENTS["cpu"], max(256 * inputs, 1 << 18)) // max(1, inputs) // b_out)
+    stripe = pairs[0][0].new_empty(rows * b_out, inputs)
+    with dense.no_autocast("cpu"):
+        for begin in range(0, topology.rows, rows):
+            part = stripe[: outputs - begin * b_out]
+            for i, (x, dy) in enumerate(pairs):
+                factor = dy[:, begin * b_out : begin * b_out + part.shape[0]].t()
+                torch.addmm(part, factor, x, beta=min(i, 1), out=part)
+            yield begin, part
 
 
 def _wide(t: Tensor) -> Tensor:
@@ -228,27 +250,40 @@ class GrowthScorer:
             scores = score_matrix(gradient, self.topology, self.block_score).flatten()
             return DeviceGrowth(None, None, scores, scores.isfinite().all())
 
+    def _worth_screening(self, x: Tensor, dy: Tensor) -> bool:
+        """Whether bounds of all scores and exact ones of a few cost less than exact ones of all. Measured."""
+        topology = self.topology
+        total = topology.rows * topology.cols
+        return (
+            topology.block_numel == 1
+            and x.dtype == dy.dtype == torch.float32
+            and total >= 1 << 16
+            and 50 * self.k <= total
+        )
+
     def _score_on_host(self, gradient: GradientSum) -> Growth:
-        topology, found = self.topology, 0
-        index, device = topology.index.cpu(), topology.device
-        active = best_scores = torch.empty(0, device="cpu")
-        best_positions = torch.empty(2 * self.k + 1024, dtype=torch.int64, device="cpu")
+        topology, k = self.topology, self.k
+        index, n, *grid = topology._on_cpu()
+        if (tokens := gradient.tokens) is not None and self._worth_screening(*tokens):
+            x, dy = (t.contiguous() for t in tokens)
+            active, positions, scores = _ops.growth_screen(x, dy, index, n, *grid, k)
+            if active.numel() > 0:
+                return Growth(active, positions, scores, finite=True)
+        active = best_scores = torch.zeros(n, device="cpu")[:0]
+        positions = torch.empty(0, dtype=torch.int64, device="cpu")
+        state, device, finite = None, topology.device, True
         for begin, rows in gradient.stripes():
-            scores = _norms(rows, topology, self.block_score)
-            if begin == 0:
-                device = scores.device
-                active = scores.new_zeros(topology.n_blocks, device="cpu")
-                best_scores = scores.new_empty(2 * self.k + 1024, device="cpu")
-            found = _ops.growth_scan(
-                scores.cpu().contiguous(), begin, index, topology.n_blocks, topology.rows, topology.cols,
-                topology.groups, topology._plans, active, best_scores, best_positions, self.k, found,
-            )  # fmt: skip
-            if found < 0:  # a score is not finite
+            scores = rows if topology.block_numel == 1 else _norms(rows, topology, self.block_score)
+            scores = scores.reshape(rows.shape[0] // topology.block_size[0], topology.cols).cpu()
+            if state is None:
+                device, active = rows.device, scores.new_zeros(n)
+                state = _ops.growth_state(scores, k)
+            finite = _ops.growth_scan(scores, begin, index, n, *grid, active, state, k)
+            if not finite:
                 break
-        finite = found >= 0
-        # The scan leaves positions ascending, and equal scores stay in that order.
-        best_scores, order = best_scores[: max(found, 0)].sort(descending=True, stable=True)
-        return Growth(active.to(device), best_positions[order].to(device), best_scores.to(device), finite)
+        if state is not None and finite:
+            positions, best_scores = _ops.growth_best(active, state, topology.rows, topology.cols, k)
+        return Growth(active.to(device), positions.to(device), best_scores.to(device), finite)
 
 
 def _norms(rows: Tensor, topology: Topology, block_score: str) -> Tensor:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import backend, layout
+from . import _ops, backend, layout
 from .topology import Topology
 
 _INT32 = 2**31 - 1
@@ -343,8 +343,8 @@ def _index(topology: Topology, flat: Tensor, slot: Tensor | None) -> Tensor:
     return torch.cat(parts)
 
 
-def reorder_(tensor: Tensor, source: Tensor) -> Tensor:
-    """Bring a tensor in value order along an update, in place: `tensor[i] = old[source[i]]`, 0 where new.
+def reordered(tensor: Tensor, source: Tensor) -> Tensor:
+    """A tensor in value order brought along an update: `new[i] = tensor[source[i]]`, 0 where that is -1.
 
     Args:
         tensor: `[nnz]` or `[n_blocks, ...]`: values, a gradient, or an optimizer's state.
@@ -356,7 +356,14 @@ def reorder_(tensor: Tensor, source: Tensor) -> Tensor:
         )
     source = source.to(tensor.device)
     with torch.no_grad():
+        if tensor.device.type == "cpu" and tensor.is_contiguous():
+            return _ops.reordered(tensor, source)  # type: ignore[no-any-return]
         moved = tensor.index_select(0, source.clamp_min(0))
         moved[source < 0] = 0
-        tensor.copy_(moved)
-    return tensor
+        return moved
+
+
+def reorder_(tensor: Tensor, source: Tensor) -> Tensor:
+    """The same in place."""
+    with torch.no_grad():
+        return tensor.copy_(reordered(tensor, source))

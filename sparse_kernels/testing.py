@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _ops
 from .topology import Topology
 
 #: Dtypes that the CPU kernels compute in; the reduced ones are cast to float32 and back.
@@ -188,8 +189,10 @@ def poisoned_memory() -> Iterator[None]:
     fill = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     settings.fill_uninitialized_memory = True
+    _ops.poison_outputs(True)
     try:
         yield
     finally:
+        _ops.poison_outputs(False)
         settings.fill_uninitialized_memory = fill
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)

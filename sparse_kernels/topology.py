@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _ops, layout
+from . import _ops, cost, layout
 from .positions import (
     active_count,
     block_grid,
@@ -47,6 +47,7 @@ class Topology:
         groups: convolution groups (1 for Linear).
         rows, cols: the block grid.
         n_blocks: active positions (blocks). Constant for the topology's whole life.
+        values_shape: shape of the values: `(nnz,)` for CSR, `(n_blocks, b_out, b_in)` for BSR.
         index: `[*]` int32, the one buffer behind the arrays below.
         row_ptr: `[rows + 1]`; the positions of row r are `row_ptr[r]:row_ptr[r+1]`.
         col_idx: `[n_blocks]`; the column of each position, ascending within a row.
@@ -170,6 +171,12 @@ class Topology:
         self._arrays = layout.split(index, *self._grid, self._gpu, self.block_size[1], self._plans != 2)
         self.row_ptr, self.col_idx, self.col_ptr = self._arrays[:3]
         self.slot = self._arrays.slot
+        # What "auto" on the CPU (backend.py) needs to know, and has chosen: updates keep the density.
+        kind = "linear" if len(self.shape) == 2 else "conv2d"
+        self.may_be_dense = cost.may_pay(kind, self.rows, self.cols, self.n_blocks)
+        self.choices: dict[Any, str] = {}
+        # A plain attribute, because every product asks for it.
+        self.values_shape = (self.n_blocks, *self.block_size) if self.is_bsr else (self.n_blocks,)
 
     @property
     def row_idx(self) -> Tensor:
@@ -199,11 +206,6 @@ class Topology:
     def nnz(self) -> int:
         """Active weights (blocks times their size)."""
         return self.n_blocks * self.block_numel
-
-    @property
-    def values_shape(self) -> tuple[int, ...]:
-        """Shape of the values: `(nnz,)` for CSR, `(n_blocks, b_out, b_in)` for BSR."""
-        return (self.n_blocks, *self.block_size) if self.is_bsr else (self.n_blocks,)
 
     @property
     def density(self) -> float:
@@ -244,7 +246,7 @@ class Topology:
 
     def _contents(self) -> tuple[Tensor, Tensor | None]:
         """What defines the topology: positions in row order, and slots if there are any. On the CPU."""
-        return self._row_positions().cpu(), None if self.slot is None else self.slot.cpu()
+        return self.row_positions().cpu(), None if self.slot is None else self.slot.cpu()
 
     @property
     def _slots_moved(self) -> bool:
@@ -283,11 +285,11 @@ class Topology:
 
     def positions(self) -> Tensor:
         """`[n_blocks]` int64: the flat position of every active block, in value order."""
-        flat = self._row_positions()
+        flat = self.row_positions()
         return flat if self.slot is None else torch.empty_like(flat).scatter_(0, self.slot.long(), flat)
 
-    def _row_positions(self) -> Tensor:
-        """The same, ascending."""
+    def row_positions(self) -> Tensor:
+        """The same in row order: ascending."""
         counts = self.row_ptr.diff().long()
         rows = torch.arange(self.rows, device=self.device).repeat_interleave(
             counts, output_size=self.n_blocks
@@ -343,30 +345,31 @@ class Topology:
                 different lengths. The topology is unchanged then.
             TypeError: not integer tensors.
         """
+        index, source = self.updated(drop, grow)
+        self.index.copy_(index)
+        return source
+
+    def updated(self, drop: Tensor, grow: Tensor) -> tuple[Tensor, Tensor]:
+        """What `update_` would write into `index`, and what it would return. Changes nothing."""
         for name, t in (("drop", drop), ("grow", grow)):
             check_integers(name, t)
-        drop, grow = (t.detach().to("cpu", torch.int64).flatten() for t in (drop, grow))
+        drop, grow = (t.detach().to("cpu", torch.int64).flatten().contiguous() for t in (drop, grow))
         if drop.numel() != grow.numel():
             raise ValueError(
                 "drop and grow must have the same length (nnz is constant), "
                 f"got {drop.numel()} and {grow.numel()}"
             )
         try:
-            index, source = _ops.index_update(
-                self.index[: self.index.numel() - self._tail_size].cpu(),
-                self.n_blocks,
-                self.rows,
-                self.cols,
-                self.groups,
-                self._plans,
-                drop.sort().values,
-                grow.sort().values,
-            )
+            index, source = _ops.index_update(*self._on_cpu(), drop, grow)
         except RuntimeError as error:
             # What the operator's checks found; the text before it is their place in the source.
             raise ValueError(str(error).splitlines()[0].split(", ", 2)[-1]) from None
-        self.index.copy_(self._with_tail(index))
-        return source.to(self.device)
+        return self._with_tail(index), source.to(self.device)
+
+    def _on_cpu(self) -> tuple[Tensor, int, int, int, int, int]:
+        """What the operators of the CPU take for a topology: the index without its tail, and its grid."""
+        index = self.index[: self.index.numel() - self._tail_size].cpu()
+        return index, self.n_blocks, self.rows, self.cols, self.groups, self._plans
 
     def load_arrays_(self, row_ptr: Tensor, col_idx: Tensor, slot: Tensor | None = None) -> None:
         """Replace the contents by other CSR arrays with the same number of positions, in place.

@@ -13,11 +13,12 @@
 // A plan cuts the columns (of its direction) into tiles whose panel of activations stays in L1, and the
 // rows into blocks, which threads may share out; tile t and block b make piece t * blocks + b. It lists
 // every piece's row segments in order of their length, so that the number of entries to process, and with
-// it the kernel's branch, repeats:
+// it the kernel's branch, repeats. For Linear the first tile has a segment of every row, empty ones too, so
+// that it can set what the others add to:
 //   piece_segment [pieces + 1] | piece_entry [pieces + 1] | segments [capacity][2] = (row, length)
 //   and for rows: begin [capacity] = where the values of a segment start
 //   and for Linear: near [n] (16 bits each) = column within the tile, times kNear
-//   and for the columns of Linear: place [n] = where every value stands in the plan
+//   and for the columns of Linear: source [n] = which value each entry has
 #pragma once
 
 #include <algorithm>
@@ -30,7 +31,7 @@ struct RowLength {
   int32_t row, length;
 };
 
-constexpr int64_t kNear = 32;  // times up to 8, which an address can hold, a panel's row of 4 cells
+constexpr int64_t kNear = 64;  // times up to 8, which an address can hold, a panel's row of 8 cells
 constexpr int64_t kWidest = 65536 / kNear;  // columns of a tile at most
 
 // What follows row_ptr, col_idx and col_ptr. kNone: CSR weights without plans, as on a GPU.
@@ -41,7 +42,7 @@ struct PlanShape {
   int64_t width, tiles;             // columns a tile
   int64_t block, blocks;            // rows a block
   int64_t capacity;                 // segments at most
-  bool begins, entries, reordered;  // holds `begin`; holds `near`; holds `place`
+  bool begins, entries, reordered;  // holds `begin`; holds `near`; holds `source`
 
   int64_t pieces() const { return tiles * blocks; }
   int64_t size() const {
@@ -50,18 +51,20 @@ struct PlanShape {
   }
 };
 
-// Tile width: about 12 entries to a segment so that loading and storing its accumulators is small
-// against its arithmetic, within [128, 1024] columns: 128 of them times 64 fp32 tokens are 32 KiB,
-// what stays in L1 beside the streams. Measured: docs/cpu-kernels.md.
-inline PlanShape plan_shape(int64_t rows, int64_t cols, int64_t n) {
+// Tile width: so many entries to a segment that loading and storing its accumulators is small against its
+// arithmetic, within [128, 1024] columns: 128 of them times 64 fp32 tokens are 32 KiB, what stays in L1
+// beside the streams. Measured: docs/cpu-kernels.md.
+inline PlanShape plan_shape(int64_t rows, int64_t cols, int64_t n, bool linear, double per_segment) {
   PlanShape plan{};
   const double per_row = rows > 0 ? static_cast<double>(n) / static_cast<double>(rows) : 0.0;
-  const double wanted = per_row > 0 ? 12.0 * static_cast<double>(cols) / per_row : 1024.0;
+  const double wanted = per_row > 0 ? per_segment * static_cast<double>(cols) / per_row : 1024.0;
   plan.rows = rows, plan.n = n;
   plan.width = std::clamp<int64_t>((static_cast<int64_t>(std::min(wanted, 1e6)) + 63) / 64 * 64, 128, 1024);
   plan.tiles = (cols + plan.width - 1) / plan.width;
+  if (linear) plan.tiles = std::max<int64_t>(plan.tiles, 1);
   plan.block = std::max<int64_t>(rows, 1), plan.blocks = 1;
-  plan.capacity = std::min<int64_t>(n, rows * plan.tiles);
+  plan.capacity = std::min<int64_t>(n + (linear ? rows : 0), rows * plan.tiles);
+  plan.entries = linear;
   return plan;
 }
 static_assert(1024 <= kWidest, "near holds 16 bits");
@@ -75,18 +78,18 @@ struct IndexShape {
   bool planned() const { return plans == Plans::kConv || plans == Plans::kLinear; }
 
   PlanShape row_plan() const {
-    PlanShape plan = plan_shape(rows, cols, n);
-    plan.begins = true, plan.entries = plans == Plans::kLinear;
+    PlanShape plan = plan_shape(rows, cols, n, plans == Plans::kLinear, 12.0);
+    plan.begins = true;
     return plan;
   }
   // Blocks of about 256 columns, so that lengths still repeat within them. A power of two of them, 32 at
   // most, so that threads share them out evenly.
   PlanShape col_plan() const {
-    PlanShape plan = plan_shape(cols, rows, n);
+    PlanShape plan = plan_shape(cols, rows, n, true, 24.0);
     while (plan.blocks < 32 && plan.blocks * 256 + 128 <= cols) plan.blocks *= 2;
     plan.block = std::max<int64_t>(1, (cols + plan.blocks * 16 - 1) / (plan.blocks * 16) * 16);
     plan.blocks = std::max<int64_t>(1, (cols + plan.block - 1) / plan.block);
-    plan.entries = plan.reordered = true;
+    plan.reordered = true;
     return plan;
   }
   int64_t size() const {
@@ -102,7 +105,7 @@ template <class Int>
 struct PlanView {
   PlanShape shape{};
   Int *piece_segment = nullptr, *piece_entry = nullptr, *segments = nullptr, *begin = nullptr,
-      *near_entries = nullptr, *place = nullptr;
+      *near_entries = nullptr, *source = nullptr;
 
   PlanView() = default;
   PlanView(Int* base, const PlanShape& s) : shape(s) {
@@ -111,7 +114,7 @@ struct PlanView {
     segments = piece_entry + s.pieces() + 1;
     begin = segments + 2 * s.capacity;
     near_entries = begin + (s.begins ? s.capacity : 0);
-    place = near_entries + (s.entries ? (s.n + 1) / 2 : 0);
+    source = near_entries + (s.entries ? (s.n + 1) / 2 : 0);
   }
 
   // The arrays whose elements are not int32.

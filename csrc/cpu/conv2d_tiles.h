@@ -1,215 +1,210 @@
-// Tiles of images for Conv2d: [channel][row][column][cell], the lanes of a cell being images. Every
-// tap of every channel is then one byte offset, whatever the padding, stride and dilation. A tile
-// holds the rows that a band of output rows reads, with the padding as zeros.
+// Moving the pixels of a task: images -> tiles of copies, runs <-> panels [channel][cells of the run].
 #pragma once
 
 #include <cstring>
 
-#include "conv2d_stream.h"
+#include "conv2d_grid.h"
 
 namespace sparse_kernels {
 
+// Fills tiles. A plane is first staged: its rows one below the other, zeros around them, split by the
+// remainder of the column modulo the stride. Each copy is then a shifted read of that.
 template <class T>
-constexpr int64_t kImages = kCellSize / static_cast<int64_t>(sizeof(T));  // images a cell
-
-template <class T>
-struct Images {
-  T* data;
-  int64_t n, channels, h, w;
-  bool channels_last;  // memory is NHWC
-};
-
-struct TileShape {
-  int64_t channels, rows, cols;
-  int64_t top, left;  // tile row r, column c hold image row first + r - top, column c - left
-  int64_t pitch;      // cells from a channel to the next
-
-  TileShape(int64_t channels, int64_t rows, int64_t cols, int64_t top, int64_t left)
-      : channels(channels), rows(rows), cols(cols), top(top), left(left), pitch(spread(rows * cols)) {}
-
-  int64_t cells() const { return channels * pitch; }
-  int64_t offset(int64_t channel, int64_t row, int64_t col) const {  // bytes
-    return (channel * pitch + row * cols + col) * kCellSize;
-  }
-
-  // At 4 modulo 8 cells apart, the 4 cells of the same pixels in different channels fall into
-  // different sets of the caches; at a power of two they would all share a few.
-  static int64_t spread(int64_t cells) { return cells < 4 ? cells | 1 : (cells + 3) / 8 * 8 + 4; }
-};
-
-// The cells of a tile that no image pixel fills: rows outside [r0, r1), columns outside [left, left + width).
-template <class T>
-void zero_borders(const TileShape& shape, int64_t r0, int64_t r1, int64_t width, T* tile) {
-  const auto zero = [&](T* row, int64_t begin, int64_t end) {
-    if (begin < end) std::memset(row + begin * kImages<T>, 0, (end - begin) * kCellSize);
-  };
-  const int64_t cols = shape.cols, left = std::min(shape.left, cols);
-  for (int64_t c = 0; c < shape.channels; ++c) {
-    T* plane = tile + c * shape.pitch * kImages<T>;
-    zero(plane, 0, r0 * cols);
-    zero(plane, r1 * cols, shape.rows * cols);
-    if (width == cols) continue;
-    for (int64_t r = r0; r < r1; ++r) {
-      zero(plane, r * cols, r * cols + left);
-      zero(plane, r * cols + left + width, (r + 1) * cols);
-    }
-  }
-}
-
-// Starts loading `length` pixels of each of `count` images. Images are far apart, often by a power of
-// two: no hardware prefetcher follows so many streams.
-template <bool write, class T>
-void prefetch(const T* from, int64_t stride, int64_t count, int64_t length) {
-  constexpr int64_t line = kCellSize / static_cast<int64_t>(sizeof(T));
-  for (int64_t t = 0; t < count; ++t)
-    for (int64_t i = 0; i < length; i += line) __builtin_prefetch(from + t * stride + i, write, 2);
-}
-
-// Cells of scratch memory that pack_tile needs.
-inline int64_t scratch_cells(const TileShape& shape, int64_t w) { return shape.rows * w; }
-
-// Images `image`... of a cell, rows first - top... -> tile.
-template <class T>
-void pack_tile(const Kernels<T>& kernel, const Images<const T>& from, int64_t image, int64_t first,
-               const TileShape& shape, T* scratch, T* tile) {
-  constexpr int64_t lanes = kImages<T>;
-  const int64_t count = std::min(lanes, from.n - image), plane = from.h * from.w;
-  const int64_t row0 = first - shape.top;  // image row of tile row 0
-  const int64_t r0 = std::clamp<int64_t>(-row0, 0, shape.rows);
-  const int64_t r1 = std::clamp<int64_t>(from.h - row0, r0, shape.rows);
-  const int64_t width = std::clamp<int64_t>(shape.cols - shape.left, 0, from.w);
-  zero_borders(shape, r0, r1, width, tile);
-  if (r0 == r1 || width == 0) return;
-
-  const T* src = from.data + image * from.channels * plane;
-  const int64_t stride = from.channels * plane, channel = shape.pitch * lanes;
-  if (from.channels_last) {
-    // A few channels of all pixels of a row at a time: the tile's lines of a channel are neighbours.
-    for (int64_t r = r0; r < r1; ++r)
-      for (int64_t f = 0; f < from.channels; f += lanes)
-        for (int64_t c = 0; c < width; ++c) {
-          const T* pixel = src + ((row0 + r) * from.w + c) * from.channels + f;
-          prefetch<false>(pixel + 4 * from.channels, stride, count, 1);
-          kernel.pack(pixel, stride, count, std::min(lanes, from.channels - f),
-                      tile + f * channel + (r * shape.cols + shape.left + c) * lanes, channel, 1, nullptr);
-        }
-    return;
-  }
-  for (int64_t c = 0; c < from.channels; ++c) {
-    const T* rows = src + c * plane + (row0 + r0) * from.w;
-    T* to = tile + c * channel + (r0 * shape.cols + shape.left) * lanes;
-    if (c + 1 < from.channels) prefetch<false>(rows + plane, stride, count, (r1 - r0) * from.w);
-    if (width == from.w && shape.cols == width) {  // one run of pixels
-      kernel.pack(rows, stride, count, (r1 - r0) * width, to, lanes, 1, nullptr);
-    } else if (width % lanes == 0) {
-      for (int64_t r = r0; r < r1; ++r, rows += from.w, to += shape.cols * lanes)
-        kernel.pack(rows, stride, count, width, to, lanes, 1, nullptr);
-    } else {  // the transposes want whole vectors of pixels, which such rows do not give
-      kernel.pack(rows, stride, count, (r1 - r0) * from.w, scratch, lanes, 1, nullptr);
-      for (int64_t r = r0; r < r1; ++r, to += shape.cols * lanes)
-        std::memcpy(to, scratch + (r - r0) * from.w * lanes, width * kCellSize);
-    }
-  }
-}
-
-// The weights of one phase of a pass, as the kernels take them.
-template <class T>
-struct Taps {
-  std::unique_ptr<ConvStream<T>> stream;  // CSR
-  std::vector<BlockRow<T>> rows;          // BSR: every row of blocks, its lists in off and block
-  std::vector<uint32_t> off;
-  std::vector<int32_t> block;
-
-  // y [channels][cells] += W * x for `cells` pixels, `step` bytes apart.
-  void spmm(const Kernels<T>& kernel, int64_t cells, const char* x, int64_t x_row, int64_t step, T* y) const {
-    if (stream) return stream->spmm(kernel, cells, x, step, y);
-    for (const BlockRow<T>& row : rows) {
-      if (row.begin < row.end) kernel.bsr_spmm(cells, &row, x, x_row, step, y);
-      y += row.outputs * cells * kImages<T>;
-    }
-  }
-};
-
-// A lattice of output pixels that read the same taps: (y0 + i * out_y, x0 + j * out_x), see Pass.
-template <class T>
-struct Phase {
-  int64_t y0, x0, rows, cols;
-  Taps<T> taps;
-};
-
-// outputs = bias + W * inputs, band by band. The forward is one phase that steps over its inputs by
-// the stride; the input gradient has a phase for every remainder modulo the stride, stepping by one.
-template <class T>
-struct Pass {
-  TileShape tile;        // of the inputs
-  int64_t band;          // lattice rows at once
-  int64_t in_y, in_x;    // input pixels to the next row, column of the lattice
-  int64_t out_y, out_x;  // output pixels to the same
-  Images<T> out;
-  const T* bias;
-  std::vector<Phase<T>> phases;
-
-  // Rows without a gap between them, in the tile and in the output, are one long row.
-  bool long_rows() const { return in_y == 1 && in_x == 1 && out_y == 1 && out_x == 1 && tile.cols == out.w; }
-  int64_t out_pitch() const { return TileShape::spread(band * out_y * out.w); }
-  int64_t panel_cells() const { return 4 * out.channels; }
-  // NCHW outputs are gathered so that an image's pixels can be written as runs.
-  int64_t gather_cells() const { return out.channels_last ? 0 : out.channels * out_pitch(); }
-
-  // Lattice rows [first, first + band) of a cell of images.
-  void run(const Kernels<T>& kernel, const T* in, int64_t image, int64_t first, T* panel, T* gather) const {
-    const char* x = reinterpret_cast<const char*>(in);
-    for (const Phase<T>& phase : phases) {
-      const int64_t rows = std::min(band, phase.rows - first);
-      if (rows <= 0) continue;
-      const bool flat = long_rows();
-      const int64_t cols = flat ? rows * phase.cols : phase.cols;
-      for (int64_t i = 0; i < (flat ? 1 : rows); ++i) {
-        for (int64_t j = 0; j < cols;) {
-          const int64_t cells = cols - j >= 4 ? 4 : cols - j >= 2 ? 2 : 1;
-          kernel.fill(panel, out.channels, cells * kImages<T>, bias);
-          phase.taps.spmm(kernel, cells, x + tile.offset(0, i * in_y, j * in_x), tile.pitch * kCellSize,
-                          in_x * kCellSize, panel);
-          const int64_t pixel = (phase.y0 + i * out_y) * out.w + phase.x0 + j * out_x;
-          put(kernel, panel, cells, image, first * out_y * out.w, pixel, gather);
-          j += cells;
-        }
+class Packer {
+ public:
+  Packer(const TileShape& tile, const Grid& grid, const Images<const T>& from)
+      : tile_(tile), grid_(grid), from_(from) {
+    const int64_t lanes = kCellLanes<T>;
+    for (int64_t shift : tile.shifts) {
+      const int64_t residue = (shift - tile.left) % tile.stride_x, at = (shift - tile.left) / tile.stride_x;
+      if (std::none_of(parts_.begin(), parts_.end(), [&](const Part& p) { return p.residue == residue; })) {
+        // Entries t of this part hold column left + residue + stride * t. The first that there is stands at
+        // the start of a cell.
+        const int64_t column = tile.left + residue;
+        const int64_t t = column >= 0 ? 0 : ceil_div(-column, tile.stride_x), x = column + t * tile.stride_x;
+        const int64_t count = x < from.w ? ceil_div(from.w - x, tile.stride_x) : 0;
+        parts_.push_back({residue, pitch_ + round_up(t, lanes) - t, t, x, count});
+        int64_t most = 0;
+        for (int64_t other : tile.shifts) most = std::max(most, (other - tile.left) / tile.stride_x);
+        pitch_ +=
+            round_up(t, lanes) + round_up(std::max(count, most + grid.width * grid.unit), lanes) + lanes;
       }
+      for (const Part& part : parts_)
+        if (part.residue == residue) reads_.push_back(part.at + at);
     }
-    if (!out.channels_last) unpack(kernel, image, first, gather);
+    last_ = grid.cols - (grid.width - 1) * grid.unit;
+  }
+
+  int64_t channels() const { return from_.channels_last ? kCellLanes<T> : 1; }  // staged at once
+  int64_t stage_elements() const { return channels() * grid_.group() * image(); }
+
+  void pack(const Kernels<T>& kernel, const Task& task, T* stage, T* tile) const {
+    if (reads_.empty()) return;
+    std::fill_n(stage, stage_elements(), T(0));
+    for (int64_t c = 0; c < tile_.channels; c += channels()) {
+      const int64_t count = std::min(channels(), tile_.channels - c);
+      for (int64_t i = 0; i < task.images; ++i)
+        for (const TileShape::Plane& plane : tile_.planes) {
+          // Rows of the plane that the images have.
+          const int64_t y = task.row * tile_.stride_y + tile_.top + plane.residue;
+          const int64_t r0 = y >= 0 ? 0 : std::min(ceil_div(-y, tile_.stride_y), plane.rows);
+          const int64_t r1 =
+              std::clamp(y < from_.h ? ceil_div(from_.h - y, tile_.stride_y) : 0, r0, plane.rows);
+          if (r0 == r1) continue;
+          const T* source = from_.data + (task.image + i) * from_.image() + c * from_.plane() +
+                            (y + r0 * tile_.stride_y) * from_.w * from_.pixel();
+          for (const Part& part : parts_)
+            stage_rows(kernel, part, source + part.x * from_.pixel(), count, r1 - r0,
+                       stage + i * image() + (plane.first + r0) * pitch_ + part.at + part.t);
+        }
+      for (int64_t j = 0; j < count; ++j)
+        copy(kernel, stage + j * grid_.group() * image(), tile + (c + j) * tile_.pitch * kCellLanes<T>);
+    }
+  }
+
+  // What it reads of a task, if that is whole images: [begin, end).
+  const char* begin(const Task& task) const {
+    return reinterpret_cast<const char*>(from_.data + task.image * from_.image());
+  }
+  const char* end(const Task& task) const {
+    return grid_.bands() > 1
+               ? begin(task)
+               : reinterpret_cast<const char*>(from_.data + (task.image + task.images) * from_.image());
   }
 
  private:
-  // Pixels of a panel to where they belong; `pixel` counts from the band's first, `origin`.
-  void put(const Kernels<T>& kernel, const T* panel, int64_t cells, int64_t image, int64_t origin,
-           int64_t pixel, T* gather) const {
-    constexpr int64_t lanes = kImages<T>;
-    const int64_t plane = out.h * out.w;
-    if (out.channels_last) {
-      const int64_t count = std::min(lanes, out.n - image);
-      T* to = out.data + (image * plane + origin + pixel) * out.channels;
-      for (int64_t r = 0; r < cells; ++r)
-        kernel.unpack(panel + r * lanes, cells * lanes, count, out.channels, to + r * out_x * out.channels,
-                      plane * out.channels);
-      return;
-    }
-    T* to = gather + pixel * lanes;
-    const int64_t channel = out_pitch() * lanes;
-    for (int64_t c = 0; c < out.channels; ++c, to += channel, panel += cells * lanes)
-      for (int64_t r = 0; r < cells; ++r) std::memcpy(to + r * out_x * lanes, panel + r * lanes, kCellSize);
+  struct Part {
+    int64_t residue, at, t, x, count;  // entry t of a row at `at` + t; from column x on, `count` of them
+  };
+
+  int64_t image() const { return tile_.rows * pitch_; }
+
+  void stage_rows(const Kernels<T>& kernel, const Part& part, const T* source, int64_t channels, int64_t rows,
+                  T* to) const {
+    const int64_t row = tile_.stride_y * from_.w * from_.pixel(), lanes = kCellLanes<T>;
+    if (!from_.channels_last)
+      return kernel.conv_rows(source, row, rows, part.count, tile_.stride_x, to, pitch_);
+    const int64_t step = tile_.stride_x * from_.channels;
+    const T* at[kCellLanes<T>];
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t t = 0; t < part.count; t += lanes) {
+        for (int64_t l = 0; l < lanes; ++l)
+          at[l] = t + l < part.count ? source + r * row + (t + l) * step : nullptr;
+        kernel.conv_pack_pixels(at, channels, to + r * pitch_ + t, grid_.group() * image());
+      }
   }
 
-  void unpack(const Kernels<T>& kernel, int64_t image, int64_t first, const T* gather) const {
-    const int64_t y = first * out_y, rows = std::min(band * out_y, out.h - y), plane = out.h * out.w;
-    if (rows <= 0) return;
-    const int64_t count = std::min(kImages<T>, out.n - image);
-    for (int64_t c = 0; c < out.channels; ++c) {
-      T* to = out.data + (image * out.channels + c) * plane + y * out.w;
-      if (c + 1 < out.channels) prefetch<true>(to + plane, out.channels * plane, count, rows * out.w);
-      kernel.unpack(gather + c * out_pitch() * kImages<T>, kImages<T>, count, rows * out.w, to,
-                    out.channels * plane);
+  void copy(const Kernels<T>& kernel, const T* stage, T* tile) const {
+    for (size_t b = 0; b < reads_.size(); ++b)
+      for (int64_t set = 0; set < grid_.sets; ++set)
+        kernel.conv_copy(stage + set * grid_.per_cell * image() + reads_[b], pitch_, image(), grid_.unit,
+                         tile_.rows, grid_.width, last_,
+                         tile + (b * tile_.copy + set * grid_.width) * kCellLanes<T>,
+                         grid_.row_cells() * kCellLanes<T>);
+  }
+
+  const TileShape tile_;
+  const Grid grid_;
+  const Images<const T> from_;
+  std::vector<Part> parts_;
+  std::vector<int64_t> reads_;  // where in a staged row each copy starts
+  int64_t pitch_ = 0, last_;
+};
+
+// Where the pixels of runs stand in images: a lattice pixel (i, j) stands for the `step` neighbours from
+// (y0 + i * stride_y, j * step) on, of which each goes to a panel of its own.
+template <class T>
+class Pixels {
+ public:
+  Pixels(const Images<T>& images, const Grid& grid, int64_t y0, int64_t stride_y, int64_t step)
+      : images_(images), grid_(grid), y0_(y0), stride_y_(stride_y), step_(step) {}
+
+  // Cells [first, first + count) of a task.
+  void find(const Task& task, int64_t first, int64_t count) {
+    pieces_.clear(), whole_ = true, cells_ = count;
+    for (int64_t k = 0; k < count; ++k) {
+      const int64_t row = y0_ + (task.row + (first + k) / grid_.row_cells()) * stride_y_;
+      const int64_t rest = (first + k) % grid_.row_cells(), col = rest % grid_.width * grid_.unit * step_;
+      for (int64_t i = 0; i < grid_.per_cell; ++i) {
+        const int64_t image = rest / grid_.width * grid_.per_cell + i;
+        const int64_t pixels = std::min(grid_.unit * step_, images_.w - col);
+        whole_ = whole_ && image < task.images && pixels == grid_.unit * step_;
+        if (image >= task.images || pixels <= 0) continue;
+        pieces_.push_back({(task.image + image) * images_.image() + (row * images_.w + col) * images_.pixel(),
+                           k * kCellLanes<T> + i * grid_.unit, pixels});
+      }
     }
   }
+
+  // The lines of channel 0 that hold panel p of this run, a line for every cell. NCHW only.
+  void lines(int64_t p, const char** at, int64_t* plane) const {
+    if (images_.channels_last || pieces_.empty()) return;
+    std::vector<int64_t> begins;
+    for (const Piece& piece : pieces_) begins.push_back(piece.at);
+    std::sort(begins.begin(), begins.end());
+    for (int64_t k = 0; k < std::min(cells_, kRunCells); ++k)
+      at[k] =
+          reinterpret_cast<const char*>(images_.data + begins[k * begins.size() / cells_]) + p * kCellSize;
+    *plane = images_.plane() * static_cast<int64_t>(sizeof(T));
+  }
+
+  // panels: [step][channels][cells], `size` elements each.
+  void load(const Kernels<std::remove_const_t<T>>& kernel, std::remove_const_t<T>* panels,
+            int64_t size) const {
+    const int64_t row = cells_ * kCellLanes<T>;
+    if (images_.channels_last) {
+      const std::remove_const_t<T>* lanes[kMost];
+      for (int64_t p = 0; p < step_; ++p) {
+        spread(p, lanes);
+        for (int64_t k = 0; k < row; k += kCellLanes<T>)
+          kernel.conv_pack_pixels(lanes + k, images_.channels, panels + p * size + k, row);
+      }
+      return;
+    }
+    for (int64_t p = 0; !whole_ && p < step_; ++p) std::fill_n(panels + p * size, images_.channels * row, 0);
+    kernel.conv_load(images_.data, images_.plane(), images_.channels, pieces_.data(), pieces_.size(), step_,
+                     row, panels, size);
+  }
+
+  void store(const Kernels<T>& kernel, const T* panels, int64_t size) const {
+    const int64_t row = cells_ * kCellLanes<T>;
+    if (images_.channels_last) {
+      T* lanes[kMost];
+      for (int64_t p = 0; p < step_; ++p) {
+        spread(p, lanes);
+        for (int64_t k = 0; k < row; k += kCellLanes<T>)
+          kernel.conv_unpack_pixels(panels + p * size + k, row, images_.channels, lanes + k);
+      }
+      return;
+    }
+    kernel.conv_store(panels, size, row, images_.channels, pieces_.data(), pieces_.size(), step_,
+                      images_.data, images_.plane());
+  }
+
+ private:
+  static constexpr int64_t kMost = 4 * kRunCells * kCellLanes<T>;
+
+  // The pixel of every lane of panel p.
+  template <class P>
+  void spread(int64_t p, P* lanes) const {
+    std::fill_n(lanes, cells_ * kCellLanes<T>, nullptr);
+    for (const Piece& piece : pieces_)
+      for (int64_t i = p; i < piece.count; i += step_)
+        lanes[piece.lane + i / step_] = images_.data + piece.at + i * images_.channels;
+  }
+
+  const Images<T> images_;
+  const Grid grid_;
+  const int64_t y0_, stride_y_, step_;
+  std::vector<Piece> pieces_;
+  bool whole_ = false;
+  int64_t cells_ = 0;
 };
+
+template <class T>
+Images<T> images(const ConvShape& s, bool input, T* data) {
+  return input ? Images<T>{data, s.n, s.in, s.y.size, s.x.size, s.channels_last}
+               : Images<T>{data, s.n, s.out, s.y.out, s.x.out, s.channels_last};
+}
 
 }  // namespace sparse_kernels

@@ -25,65 +25,51 @@ SK_INLINE void csr_step(Vec<T>* acc, const char* at, T value, int64_t step) {
   SK_CASE(j - 1) SK_CASE(j - 2) SK_CASE(j - 3) SK_CASE(j - 4) SK_CASE(j - 5) SK_CASE(j - 6) SK_CASE(j - 7)
 #define SK_CASES32 SK_CASES8(32) SK_CASES8(24) SK_CASES8(16) SK_CASES8(8)
 
-// y[row] += sum of value * x over each segment; with `start` y[row] = start[row] + that. y: [rows][cells]
-// cells. Jumping into unrolled code by the segment's length makes one well-predicted branch a segment: the
-// plan sorts them by length.
-#define SK_CASE(j)                                                                               \
-  case j:                                                                                        \
-    csr_step<T, cells, dense_step>(acc, x + csr_offset<Off, cells>(off[-(j)]), val[-(j)], step); \
-    [[fallthrough]];
-template <class T, int cells, bool dense_step, class Off>
-void csr_spmm_fixed(const char* x, int64_t step, const RowLength* segments, int64_t n_segments,
-                    const Off* off, const T* val, const T* start, T* y) {
+// y[row] += sum of value * x over each segment, by a loop. Segments come in the order of their lengths, so
+// its branches are foreseen as well as a jump into unrolled code is, at a seventh less time. The first tile
+// starts from the bias (zero if null), the others from y. With several chains of accumulators, one entry need
+// not wait for the sums of the last.
+template <class T, int cells, int chains>
+void csr_spmm_linear(const char* x, const RowLength* segments, int64_t n_segments, const uint16_t* near,
+                     const T* val, bool first, const T* bias, T* y) {
   constexpr int V = cells * kVectors;
   constexpr int64_t row = int64_t(cells) * kCell<T>;
   for (int64_t s = 0; s < n_segments; ++s) {
-    // The next rows of y come in the order of lengths, which no hardware prefetcher follows.
-    const int64_t ahead = s + 2 < n_segments ? s + 2 : s;
-    SK_UNROLL for (int r = 0; r < cells; ++r)
-        __builtin_prefetch(y + segments[ahead].row * row + r * kCell<T>, 1);
     T* out = y + segments[s].row * row;
-    Vec<T> acc[V];
-    if (start != nullptr) {
-      SK_UNROLL for (int v = 0; v < V; ++v) acc[v] = splat(start[segments[s].row]);
-    } else {
-      SK_UNROLL for (int v = 0; v < V; ++v) acc[v] = load(out + v * kLanes<T>);
+    Vec<T> acc[chains][V] = {};
+    if (!first) {
+      SK_UNROLL for (int v = 0; v < V; ++v) acc[0][v] = load(out + v * kLanes<T>);
+    } else if (bias != nullptr) {
+      const Vec<T> from = splat(bias[segments[s].row]);
+      SK_UNROLL for (int v = 0; v < V; ++v) acc[0][v] = from;
     }
-    for (int64_t left = segments[s].length; left > 0; left -= 32) {
-      const int64_t take = left < 32 ? left : 32;
-      off += take, val += take;
-      switch (take) {
-        SK_CASES32
-        default:
-          break;
-      }
+    int64_t left = segments[s].length;
+    for (; left >= 4; left -= 4, near += 4, val += 4)
+      SK_UNROLL for (int j = 0; j < 4; ++j)
+          csr_step<T, cells, true>(acc[j % chains], x + csr_offset<uint16_t, cells>(near[j]), val[j], 0);
+    for (; left > 0; --left, ++near, ++val)
+      csr_step<T, cells, true>(acc[0], x + csr_offset<uint16_t, cells>(*near), *val, 0);
+    SK_UNROLL for (int v = 0; v < V; ++v) {
+      SK_UNROLL for (int c = 1; c < chains; ++c) acc[0][v] += acc[c][v];
+      store(out + v * kLanes<T>, acc[0][v]);
     }
-    SK_UNROLL for (int v = 0; v < V; ++v) store(out + v * kLanes<T>, acc[v]);
   }
 }
-
-#undef SK_CASE
 
 #define SK_CELLS(run)     \
   if (cells == 4) run(4); \
   if (cells == 2) run(2); \
   run(1)
 template <class T>
-void csr_spmm(int64_t cells, const char* x, const RowLength* segments, int64_t n_segments,
-              const uint16_t* near, const T* val, const T* start, T* y) {
-#define SK_RUN(n) return csr_spmm_fixed<T, n, true>(x, kCellBytes, segments, n_segments, near, val, start, y)
+void csr_spmm(int64_t cells, bool chained, const char* x, const RowLength* segments, int64_t n_segments,
+              const uint16_t* near, const T* val, bool first, const T* bias, T* y) {
+  // Two where there are registers for them; the same for any number of cells, which follows the threads.
+  constexpr int most = kVectors == 1 ? 2 : 1;
+#define SK_CHAINS(n, c) csr_spmm_linear<T, n, c>(x, segments, n_segments, near, val, first, bias, y)
+#define SK_RUN(n) return chained ? SK_CHAINS(n, most) : SK_CHAINS(n, 1)
+  if (cells == 8) SK_RUN(8);
   SK_CELLS(SK_RUN);
-#undef SK_RUN
-}
-
-template <class T>
-void conv_spmm(int64_t cells, const char* x, int64_t step, const RowLength* segments, int64_t n_segments,
-               const uint32_t* off, const T* val, T* y) {
-#define SK_RUN(n)                                                                              \
-  return step == kCellBytes                                                                    \
-             ? csr_spmm_fixed<T, n, true>(x, step, segments, n_segments, off, val, nullptr, y) \
-             : csr_spmm_fixed<T, n, false>(x, step, segments, n_segments, off, val, nullptr, y)
-  SK_CELLS(SK_RUN);
+#undef SK_CHAINS
 #undef SK_RUN
 }
 
@@ -107,12 +93,13 @@ SK_INLINE Vec<T> sddmm_step(const Vec<T>* grad, const char* at, int64_t step) {
 // The lane sums of consecutive entries, a vector each, until they are reduced: out[i] += sum over the lanes,
 // or = if `fresh`. Entries of all rows follow each other, so that the transpose-reduce always has kLanes of
 // them.
-template <class T>
+// kSums: vectors held before they are reduced. Few, for the tile needs L1.
+template <class T, int kSums = 64>
 class LaneSums {
  public:
-  static constexpr int kSums = 64;  // vectors held before they are reduced: few, for the tile needs L1
   static constexpr int kHeld = kSums + 32;  // at most
   static constexpr int kRoom = kHeld * kLanes<T>;
+  static constexpr int H = kLanes<T> / 2;
 
   // room: kRoom elements, aligned. Not a member, so that the members can live in registers.
   SK_INLINE LaneSums(T* room, bool fresh, T* out)
@@ -120,9 +107,11 @@ class LaneSums {
 
   // Announces `count` more entries, 32 at most; the entry `back` from their end is then `put`.
   SK_INLINE void take(int64_t count) { end_ = low_ + (pending_ += count) * H; }
-  SK_INLINE void put(int64_t back, Vec<T> sum) {
-    store_halves(end_ - back * H, end_ - back * H + kRoom / 2, sum);
-  }
+  SK_INLINE void put(int64_t back, Vec<T> sum) { put_at(end_ - back * H, sum); }
+
+  // Where the next entry's sum goes, after which they are H elements apart; to be announced afterwards.
+  SK_INLINE T* next() const { return low_ + pending_ * H; }
+  SK_INLINE void put_at(T* at, Vec<T> sum) const { store_halves(at, at + kRoom / 2, sum); }
 
   // To be called when those are there.
   SK_INLINE void reduce_full() {
@@ -150,7 +139,7 @@ class LaneSums {
   }
 
  private:
-  static constexpr int L = kLanes<T>, H = L / 2;
+  static constexpr int L = kLanes<T>;
   T *low_, *high_;
   const bool fresh_;
   T* end_ = nullptr;
@@ -193,56 +182,54 @@ void csr_sddmm_fixed(const char* x, int64_t step, const char* d, int64_t d_row, 
 
 // Both gradients of a Linear in one pass, which loads every cell of d once for two multiply-adds. A segment
 // is a column of the weight: dx[column] += sum of value * d (= if `first`), out[i] += sum over the lanes of
-// x[column] * d[row of i]. x, dx: [columns][cells] cells. The sums are those of csr_spmm and csr_sddmm, bit
-// for bit.
-#define SK_CASE(j)                                                                         \
-  case j: {                                                                                \
-    const Vec<T> w = splat(val[-(j)]);                                                     \
-    const T* at = reinterpret_cast<const T*>(d + csr_offset<uint16_t, cells>(near[-(j)])); \
-    Vec<T> dot;                                                                            \
-    SK_UNROLL for (int v = 0; v < V; ++v) {                                                \
-      Vec<T> cell = load(at + v * L);                                                      \
-      keep(cell);                                                                          \
-      acc[v] += w * cell;                                                                  \
-      dot = v == 0 ? in[v] * cell : dot + in[v] * cell;                                    \
-    }                                                                                      \
-    sums.put(j, dot);                                                                      \
-  }                                                                                        \
-    [[fallthrough]];
-template <class T, int cells>
-void csr_backward_fixed(const char* d, const T* x, const RowLength* segments, int64_t n_segments,
-                        const uint16_t* near, const T* val, bool first, T* dx, bool fresh, T* out) {
+// x[column] * d[row of i]. x, dx: [columns][cells] cells, from `column` on. The sums are those of csr_spmm
+// and csr_sddmm, bit for bit. Not `both`: out alone.
+template <class T, int cells, bool both>
+void csr_backward_fixed(const char* d, int64_t column, const T* x, const RowLength* segments,
+                        int64_t n_segments, const uint16_t* near, const T* val, bool first, T* dx, bool fresh,
+                        T* out) {
   constexpr int L = kLanes<T>, V = cells * kVectors;
   constexpr int64_t row = int64_t(cells) * kCell<T>;
-  alignas(64) T room[LaneSums<T>::kRoom];
-  LaneSums<T> sums(room, fresh, out);
+  typedef LaneSums<T, 32> Sums;
+  alignas(64) T room[Sums::kRoom];
+  Sums sums(room, fresh, out);
   for (int64_t s = 0; s < n_segments; ++s) {
-    const int64_t ahead = (s + 2 < n_segments ? segments[s + 2].row : segments[s].row) * row;
-    SK_UNROLL for (int r = 0; r < cells; ++r) {
-      __builtin_prefetch(dx + ahead + r * kCell<T>, 1);
-      __builtin_prefetch(x + ahead + r * kCell<T>);
-    }
-    Vec<T> acc[V], in[V];
+    const T* in_row = x + (segments[s].row - column) * row;
+    T* out_row = both ? dx + (segments[s].row - column) * row : nullptr;
+    Vec<T> acc[V] = {}, in[V];
     SK_UNROLL for (int v = 0; v < V; ++v) {
-      acc[v] = first ? Vec<T>{} : load(dx + segments[s].row * row + v * L);
-      in[v] = load(x + segments[s].row * row + v * L);
+      if (both && !first) acc[v] = load(out_row + v * L);
+      in[v] = load(in_row + v * L);
     }
+    const auto step = [&](int64_t i, T * to) __attribute__((always_inline)) {
+      const uint16_t off = near[i];
+      const Vec<T> w = both ? splat(val[i]) : Vec<T>{};
+      const T* at = reinterpret_cast<const T*>(d + csr_offset<uint16_t, cells>(off));
+      Vec<T> dot;
+      SK_UNROLL for (int v = 0; v < V; ++v) {
+        Vec<T> cell = load(at + v * L);
+        if (both) keep(cell);
+        if (both) acc[v] += w * cell;
+        dot = v == 0 ? in[v] * cell : dot + in[v] * cell;
+      }
+      sums.put_at(to, dot);
+    };
     for (int64_t left = segments[s].length; left > 0; left -= 32) {
       const int64_t take = left < 32 ? left : 32;
-      near += take, val += take;
+      T* to = sums.next();
       sums.take(take);
-      switch (take) {
-        SK_CASES32
-        default:
-          break;
-      }
+      int64_t i = 0;
+      for (; i + 4 <= take; i += 4, to += 4 * Sums::H)
+        SK_UNROLL for (int j = 0; j < 4; ++j) step(i + j, to + j * Sums::H);
+      for (; i < take; ++i, to += Sums::H) step(i, to);
+      near += take;
+      if (both) val += take;
       sums.reduce_full();
     }
-    SK_UNROLL for (int v = 0; v < V; ++v) store(dx + segments[s].row * row + v * L, acc[v]);
+    if (both) SK_UNROLL for (int v = 0; v < V; ++v) store(out_row + v * L, acc[v]);
   }
   sums.reduce_rest();
 }
-#undef SK_CASE
 #undef SK_CASES8
 #undef SK_CASES32
 
@@ -253,28 +240,21 @@ void csr_sddmm(int64_t cells, const char* x, const T* d, const RowLength* segmen
 #define SK_RUN(n)                                                                                           \
   return csr_sddmm_fixed<T, n, true>(x, kCellBytes, rows, n * kCellBytes, kCellBytes, segments, n_segments, \
                                      near, fresh, out)
-  SK_CELLS(SK_RUN);
-#undef SK_RUN
-}
-
-template <class T>
-void conv_sddmm(int64_t cells, const char* x, int64_t step, const char* d, int64_t d_row, int64_t d_step,
-                const RowLength* segments, int64_t n_segments, const uint32_t* off, T* out) {
-#define SK_RUN(n)                                                                                            \
-  return step == kCellBytes                                                                                  \
-             ? csr_sddmm_fixed<T, n, true>(x, step, d, d_row, d_step, segments, n_segments, off, false, out) \
-             : csr_sddmm_fixed<T, n, false>(x, step, d, d_row, d_step, segments, n_segments, off, false,     \
-                                            out)
   if (cells == 8) SK_RUN(8);
   SK_CELLS(SK_RUN);
 #undef SK_RUN
 }
 
 template <class T>
-void csr_backward(int64_t cells, const char* d, const T* x, const RowLength* segments, int64_t n_segments,
-                  const uint16_t* near, const T* val, bool first, T* dx, bool fresh, T* out) {
-#define SK_RUN(n) \
-  return csr_backward_fixed<T, n>(d, x, segments, n_segments, near, val, first, dx, fresh, out)
+void csr_backward(int64_t cells, const char* d, int64_t column, const T* x, const RowLength* segments,
+                  int64_t n_segments, const uint16_t* near, const T* val, bool first, T* dx, bool fresh,
+                  T* out) {
+#define SK_RUN(n)                                                                                       \
+  return dx != nullptr ? csr_backward_fixed<T, n, true>(d, column, x, segments, n_segments, near, val,  \
+                                                        first, dx, fresh, out)                          \
+                       : csr_backward_fixed<T, n, false>(d, column, x, segments, n_segments, near, val, \
+                                                         first, dx, fresh, out)
+  if (cells == 8) SK_RUN(8);
   SK_CELLS(SK_RUN);
 #undef SK_RUN
 }

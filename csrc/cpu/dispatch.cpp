@@ -1,6 +1,9 @@
 // Chooses the instruction set, once. SPARSE_KERNELS_ISA=scalar|avx2|avx512 forces one (tests, bug reports).
+#include <algorithm>
+#include <chrono>
 #include <cstdlib>
 #include <string>
+#include <vector>
 
 #include "../common/check.h"
 #include "kernels.h"
@@ -42,9 +45,33 @@ const KernelTable& kernels() {
 
 std::string cpu_isa() { return kernels().isa; }
 
+// The median of short runs: the fastest ones are bursts of the clock that no kernel is long enough to enjoy.
+double cpu_fma_peak(double seconds) {
+  using Clock = std::chrono::steady_clock;
+  constexpr int64_t kRounds = 100000;  // about a millisecond
+  float sink[16];
+  std::vector<double> found;
+  const auto begin = Clock::now();
+  do {
+    const auto start = Clock::now();
+    const double flops = kernels().fma_peak(kRounds, sink);
+    found.push_back(flops / std::chrono::duration<double>(Clock::now() - start).count());
+  } while (std::chrono::duration<double>(Clock::now() - begin).count() < seconds);
+  std::nth_element(found.begin(), found.begin() + found.size() / 2, found.end());
+  return found[found.size() / 2];
+}
+
+// From now on; returns a new tensor, to show for it.
+Tensor poison_outputs(bool on) {
+  poisoned = on;
+  return new_empty({16}, ScalarType::Float);
+}
+
 }  // namespace sparse_kernels
 
 // No tensor argument, so no dispatch by device.
 STABLE_TORCH_LIBRARY_IMPL(sparse_kernels, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&sparse_kernels::cpu_isa));
+  m.impl("cpu_fma_peak", TORCH_BOX(&sparse_kernels::cpu_fma_peak));
+  m.impl("poison_outputs", TORCH_BOX(&sparse_kernels::poison_outputs));
 }

@@ -55,15 +55,6 @@ std::vector<SegmentCut> cut_segments(const RowLength* segments, const Int* tile_
   return cut;
 }
 
-// Entries of consecutive segments, which follow each other in `from`, to where each segment begins in `to`.
-template <class T>
-void scatter_segments(const T* from, const RowLength* segments, const int32_t* begin, int64_t count, T* to) {
-  for (int64_t s = 0; s < count; ++s) {
-    std::copy_n(from, segments[s].length, to + begin[s]);
-    from += segments[s].length;
-  }
-}
-
 // Byte offsets in a tile are 32-bit.
 inline void check_tile_bytes(int64_t bytes) {
   STD_TORCH_CHECK(bytes <= 0xffffffffLL, "a tile of activations of ", bytes,

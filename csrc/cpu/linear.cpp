@@ -5,24 +5,52 @@
 namespace sparse_kernels {
 namespace {
 
-template <class T>
-void forward(const LinearShape& shape, const T* x, const T* values, const T* bias, const int32_t* index,
-             T* y) {
+template <class T, class S>
+void forward(const LinearShape& shape, const S* x, const S* values, const S* bias, const int32_t* index,
+             S* y) {
   const Kernels<T>& kernel = kernels_for<T>();
+  const Stored<T, S>& stored = stored_for<T, S>();
   const IndexView<const int32_t> view(index, shape.index());
+  if constexpr (std::is_same_v<T, S>)
+    if (!shape.csr && strip_group<T>(shape, shape.b_out, shape.b_in) != 0)
+      return strip_forward<T>(shape, view, x, values, bias, y);
   const int64_t cells = tile_cells<T>(shape.tokens, worthwhile_threads(shape.work()));
   const int64_t lanes = cells * kCellSize / static_cast<int64_t>(sizeof(T));
   check_tile_bytes(shape.in * cells * kCellSize);
-  const Side<T> side(shape, view, false, values, bias, cells);
+  const Side<T, S> side(shape, view, false, values, bias, cells);
   parallel((shape.tokens + lanes - 1) / lanes, shape.work(), [&](int64_t first, int64_t last) {
     const Buffer<T> in(shape.in * lanes), out(shape.out * lanes);
     for (int64_t tile = first; tile < last; ++tile) {
       const int64_t token = tile * lanes, count = std::min(lanes, shape.tokens - token);
-      kernel.pack(x + token * shape.in, shape.in, count, shape.in, in.get(), lanes, cells, nullptr);
+      stored.pack(x + token * shape.in, shape.in, count, shape.in, in.get(), lanes, cells, nullptr);
       side.spmm(kernel, in.get(), out.get());
-      kernel.unpack(out.get(), lanes, count, shape.out, y + token * shape.out, shape.out);
+      stored.unpack(out.get(), lanes, count, shape.out, y + token * shape.out, shape.out);
     }
   });
+}
+
+// f(T, S) with the types to compute and to store in, after a tensor's dtype.
+template <class F>
+void for_stored(const LinearShape& shape, ScalarType dtype, const F& f) {
+  if (dtype == ScalarType::Double) return f(double{}, double{});
+  if (dtype == ScalarType::Float) return f(float{}, float{});
+  STD_TORCH_CHECK(shape.csr && (dtype == ScalarType::BFloat16 || dtype == ScalarType::Half),
+                  "x must be float32 or float64, or bfloat16 or float16 with single weights");
+  if (dtype == ScalarType::BFloat16) return f(float{}, BFloat16{});
+  f(float{}, Half{});
+}
+
+template <class S>
+const S* read(const Tensor& t) {
+  return static_cast<const S*>(t.const_data_ptr());
+}
+template <class S>
+const S* read(const std::optional<Tensor>& t) {
+  return t ? read<S>(*t) : nullptr;
+}
+template <class S>
+S* write(const Tensor& t, bool wanted = true) {
+  return wanted ? static_cast<S*>(t.mutable_data_ptr()) : nullptr;
 }
 
 void check_index(const LinearShape& shape, const Tensor& index) {
@@ -50,12 +78,11 @@ Tensor linear_forward(const Tensor& x, const Tensor& values, const std::optional
   check_operand(x, x.scalar_type(), {shape.tokens, shape.in}, "x");
   check_operand(values, x.scalar_type(), values_size, "values");
   if (bias) check_operand(*bias, x.scalar_type(), {shape.out}, "bias");
-  Tensor y = new_empty(x, {shape.tokens, shape.out}, x.scalar_type());
-  for_dtype(x, [&](auto zero) {
-    using T = decltype(zero);
-    forward<T>(shape, x.const_data_ptr<T>(), values.const_data_ptr<T>(),
-               bias ? bias->const_data_ptr<T>() : nullptr, index.const_data_ptr<int32_t>(),
-               y.mutable_data_ptr<T>());
+  Tensor y = new_empty({shape.tokens, shape.out}, x.scalar_type());
+  for_stored(shape, x.scalar_type(), [&](auto t, auto s) {
+    using S = decltype(s);
+    forward<decltype(t)>(shape, read<S>(x), read<S>(values), read<S>(bias), read<int32_t>(index),
+                         write<S>(y));
   });
   return y;
 }
@@ -73,15 +100,14 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& dy, const std::
   check_operand(dy, dtype, {shape.tokens, shape.out}, "dy");
   if (x) check_operand(*x, dtype, x_size, "x");
   if (values) check_operand(*values, dtype, values_size, "values");
-  Tensor dx = new_empty(dy, values ? x_size : none, dtype);
-  Tensor dw = new_empty(dy, x ? values_size : none, dtype);
-  Tensor db = new_empty(dy, need_bias ? std::vector<int64_t>{shape.out} : none, dtype);
-  for_dtype(dy, [&](auto zero) {
-    using T = decltype(zero);
-    linear_gradients<T>(shape, dy.const_data_ptr<T>(), x ? x->const_data_ptr<T>() : nullptr,
-                        values ? values->const_data_ptr<T>() : nullptr, index.const_data_ptr<int32_t>(),
-                        values ? dx.mutable_data_ptr<T>() : nullptr, x ? dw.mutable_data_ptr<T>() : nullptr,
-                        need_bias ? db.mutable_data_ptr<T>() : nullptr);
+  Tensor dx = new_empty(values ? x_size : none, dtype);
+  Tensor dw = new_empty(x ? values_size : none, dtype);
+  Tensor db = new_empty(need_bias ? std::vector<int64_t>{shape.out} : none, dtype);
+  for_stored(shape, dtype, [&](auto t, auto s) {
+    using S = decltype(s);
+    linear_gradients<decltype(t)>(shape, read<S>(dy), read<S>(x), read<S>(values), read<int32_t>(index),
+                                  write<S>(dx, values.has_value()), write<S>(dw, x.has_value()),
+                                  write<S>(db, need_bias));
   });
   return {dx, dw, db};
 }

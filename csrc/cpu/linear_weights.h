@@ -26,25 +26,21 @@ inline LinearShape linear_shape(int64_t tokens, const std::vector<int64_t>& valu
 
 // One direction of CSR weights, in the order of its plan: row-wise (forward, weight gradient) or column-wise
 // (input gradient).
-template <class T>
+template <class T, class S = T>
 class CsrSide {
  public:
   // The positions alone, for a weight gradient.
   CsrSide(const IndexView<const int32_t>& index, bool transposed)
-      : plan_(transposed ? index.col_plan : index.row_plan), values_(0) {}
+      : plan_(transposed ? index.col_plan : index.row_plan), values_(0), bias_(0) {}
 
   // For products, whose rows start from bias [rows], or zero if it is null.
-  CsrSide(const IndexView<const int32_t>& index, bool transposed, const T* values, const T* bias)
+  CsrSide(const IndexView<const int32_t>& index, bool transposed, const S* values, const S* bias)
       : plan_(transposed ? index.col_plan : index.row_plan),
         values_(plan_.shape.n),
-        start_(plan_.shape.rows, T(0)) {
+        bias_(bias != nullptr ? plan_.shape.rows : 0),
+        has_bias_(bias != nullptr) {
     collect(values);
-    if (bias != nullptr) std::copy_n(bias, plan_.shape.rows, start_.begin());
-    std::vector<char> met(plan_.shape.rows, 0);
-    for (int64_t s = 0; plan_.shape.tiles > 0 && s < plan_.piece_segment[plan_.shape.blocks]; ++s)
-      met[plan_.runs()[s].row] = 1;
-    for (int64_t r = 0; r < plan_.shape.rows; ++r)
-      if (met[r] == 0) absent_.push_back(r);
+    if (has_bias_) stored_for<T, S>().widen(bias, plan_.shape.rows, bias_.get());
   }
 
   // f(x's first column, segments, their number, near, index of the first entry) for every tile, of the
@@ -59,35 +55,29 @@ class CsrSide {
     }
   }
 
-  // The rows in [first, last) of out [rows][cells] that the first tile does not set: it sets the others.
-  void start_absent(const Kernels<T>& kernel, int64_t cells, int64_t first, int64_t last, T* out) const {
-    const int64_t lanes = cells * kCellSize / static_cast<int64_t>(sizeof(T));
-    for (auto r = std::lower_bound(absent_.begin(), absent_.end(), first); r != absent_.end() && *r < last;
-         ++r)
-      kernel.fill(out + *r * lanes, 1, lanes, &start_[*r]);
-  }
-
-  // out [rows][cells] = bias + W * in [columns][cells].
+  // out [rows][cells] = bias + W * in [columns][cells]. By columns the order of the sums is csr_backward's.
   void spmm(const Kernels<T>& kernel, int64_t cells, const T* in, T* out) const {
-    start_absent(kernel, cells, 0, plan_.shape.rows, out);
     each_tile(
         0, plan_.shape.blocks,
         [&](int64_t column, const RowLength* segments, int64_t count, const uint16_t* near, int64_t entry) {
-          kernel.csr_spmm(cells, reinterpret_cast<const char*>(in) + column * cells * kCellSize, segments,
-                          count, near, values() + entry, column == 0 ? start_.data() : nullptr, out);
+          kernel.csr_spmm(cells, !plan_.shape.reordered,
+                          reinterpret_cast<const char*>(in) + column * cells * kCellSize, segments, count,
+                          near, values() + entry, column == 0, has_bias_ ? bias_.get() : nullptr, out);
         });
   }
 
   // Results in plan order -> order of the values.
-  void restore(const T* from, T* to) const {
+  void restore(const T* from, S* to) const {
     if (plan_.shape.reordered)
       return each_run([&](int64_t begin, int64_t n) {
-        kernels_for<T>().csr_gather(from, plan_.place + begin, n, to + begin);
+        stored_for<T, S>().scatter(from + begin, plan_.source + begin, n, to);
       });
     parallel(plan_.shape.pieces(), copying(), [&](int64_t first, int64_t last) {
-      const int64_t segment = plan_.piece_segment[first];
-      scatter_segments(from + plan_.piece_entry[first], plan_.runs() + segment, plan_.begin + segment,
-                       plan_.piece_segment[last] - segment, to);
+      const T* next = from + plan_.piece_entry[first];
+      for (int64_t s = plan_.piece_segment[first]; s < plan_.piece_segment[last]; ++s) {
+        stored_for<T, S>().narrow(next, plan_.runs()[s].length, to + plan_.begin[s]);
+        next += plan_.runs()[s].length;
+      }
     });
   }
 
@@ -96,20 +86,20 @@ class CsrSide {
 
  private:
   // Values in their order -> plan order.
-  void collect(const T* values) const {
+  void collect(const S* values) const {
     if (plan_.shape.reordered)
       return each_run([&](int64_t begin, int64_t n) {
-        kernels_for<T>().csr_scatter(values + begin, plan_.place + begin, n, values_.get());
+        stored_for<T, S>().gather(values, plan_.source + begin, n, values_.get() + begin);
       });
     parallel(plan_.shape.pieces(), copying(), [&](int64_t first, int64_t last) {
       const int64_t segment = plan_.piece_segment[first], entry = plan_.piece_entry[first];
-      kernels_for<T>().csr_collect(values, plan_.shape.n, plan_.runs() + segment, plan_.begin + segment,
-                                   plan_.piece_segment[last] - segment, plan_.piece_entry[last] - entry,
-                                   values_.get() + entry);
+      stored_for<T, S>().collect(values, plan_.shape.n, plan_.runs() + segment, plan_.begin + segment,
+                                 plan_.piece_segment[last] - segment, plan_.piece_entry[last] - entry,
+                                 values_.get() + entry);
     });
   }
 
-  // f(begin, count) for runs of the values.
+  // f(begin, count) for runs of the entries.
   template <class F>
   void each_run(const F& f) const {
     constexpr int64_t kRun = 4096;
@@ -123,8 +113,8 @@ class CsrSide {
 
   const PlanView<const int32_t> plan_;
   const Buffer<T> values_;
-  std::vector<T> start_;         // of every row
-  std::vector<int64_t> absent_;  // rows without a segment in the first tile, in order
+  const Buffer<T> bias_;
+  const bool has_bias_ = false;
 };
 
 // The same for BSR weights.
@@ -189,22 +179,22 @@ class BsrSide {
 };
 
 // Either, with panels of `cells`.
-template <class T>
+template <class T, class S = T>
 class Side {
  public:
-  Side(const LinearShape& shape, const IndexView<const int32_t>& index, bool transposed, const T* values,
-       const T* bias, int64_t cells)
+  Side(const LinearShape& shape, const IndexView<const int32_t>& index, bool transposed, const S* values,
+       const S* bias, int64_t cells)
       : cells_(cells) {
     if (shape.csr)
-      csr_ = std::make_unique<CsrSide<T>>(index, transposed, values, bias);
-    else
+      csr_ = std::make_unique<CsrSide<T, S>>(index, transposed, values, bias);
+    else if constexpr (std::is_same_v<T, S>)  // there are no kernels for blocks of 16-bit values
       bsr_ = std::make_unique<BsrSide<T>>(shape, index, transposed, values, bias, cells);
   }
 
   // The positions by rows.
   Side(const LinearShape& shape, const IndexView<const int32_t>& index, int64_t cells) : cells_(cells) {
     if (shape.csr)
-      csr_ = std::make_unique<CsrSide<T>>(index, false);
+      csr_ = std::make_unique<CsrSide<T, S>>(index, false);
     else
       bsr_ = std::make_unique<BsrSide<T>>(shape, index, false, nullptr, nullptr, cells);
   }
@@ -215,12 +205,12 @@ class Side {
     bsr_->spmm(kernel, in, out);
   }
 
-  const CsrSide<T>& csr() const { return *csr_; }
+  const CsrSide<T, S>& csr() const { return *csr_; }
   const BsrSide<T>& bsr() const { return *bsr_; }
 
  private:
   const int64_t cells_;
-  std::unique_ptr<CsrSide<T>> csr_;
+  std::unique_ptr<CsrSide<T, S>> csr_;
   std::unique_ptr<BsrSide<T>> bsr_;
 };
 

@@ -1,73 +1,76 @@
 // Packing: activations [tokens, features] <-> panels [feature][cells], token lanes.
 
 // A block of kLanes tokens x kLanes features, zero outside [tokens, features].
-template <class T>
-SK_INLINE void load_square(Vec<T>* r, const T* src, int64_t stride, int64_t tokens, int64_t features) {
+template <class T, class S>
+SK_INLINE void load_square(Vec<T>* r, const S* src, int64_t stride, int64_t tokens, int64_t features) {
   constexpr int L = kLanes<T>;
   if (tokens >= L && features >= L) {
-    SK_UNROLL for (int i = 0; i < L; ++i) r[i] = load_loose(src + i * stride);
+    SK_UNROLL for (int i = 0; i < L; ++i) r[i] = load_stored(src + i * stride);
     return;
   }
-  alignas(64) T square[L][L] = {};
+  alignas(64) S square[L][L] = {};
   for (int64_t i = 0; i < L && i < tokens; ++i)
     for (int64_t j = 0; j < L && j < features; ++j) square[i][j] = src[i * stride + j];
-  SK_UNROLL for (int i = 0; i < L; ++i) r[i] = load(square[i]);
+  SK_UNROLL for (int i = 0; i < L; ++i) r[i] = load_stored(square[i]);
 }
 
-template <class T>
-SK_INLINE void store_square(const Vec<T>* r, T* dst, int64_t stride, int64_t tokens, int64_t features) {
+template <class T, class S>
+SK_INLINE void store_square(const Vec<T>* r, S* dst, int64_t stride, int64_t tokens, int64_t features) {
   constexpr int L = kLanes<T>;
   if (tokens >= L && features >= L) {
-    SK_UNROLL for (int i = 0; i < L; ++i) store_loose(dst + i * stride, r[i]);
+    SK_UNROLL for (int i = 0; i < L; ++i) store_stored(dst + i * stride, r[i]);
     return;
   }
-  alignas(64) T square[L][L];
-  SK_UNROLL for (int i = 0; i < L; ++i) store(square[i], r[i]);
+  alignas(64) S square[L][L];
+  SK_UNROLL for (int i = 0; i < L; ++i) store_stored(square[i], r[i]);
   for (int64_t i = 0; i < L && i < tokens; ++i)
     for (int64_t j = 0; j < L && j < features; ++j) dst[i * stride + j] = square[i][j];
 }
 
 // src [tokens][stride] -> panel: lane t of feature f at f * panel_stride + t, for cells * kCell tokens;
-// lanes past `tokens` are zero. Strides in elements. With sums: sums[f] = sum over the tokens, four runs of
-// every fourth token added up at the end.
-template <class T, bool with_sums>
-void pack_fixed(const T* src, int64_t stride, int64_t tokens, int64_t features, T* panel,
+// lanes past `tokens` are zero. Strides in elements. With sums: sums[f] = sum over the tokens, by twos. A few
+// tokens at a time: their rows are what the hardware prefetches, and it follows no more than 32 at once.
+template <class T, class S, bool with_sums>
+void pack_fixed(const S* src, int64_t stride, int64_t tokens, int64_t features, T* panel,
                 int64_t panel_stride, int64_t cells, T* sums) {
   constexpr int L = kLanes<T>;
-  for (int64_t f = 0; f < features; f += L) {
-    Vec<T> runs[4] = {};
-    for (int64_t t = 0; t < cells * kCell<T>; t += L) {
+  for (int64_t t = 0; t < cells * kCell<T>; t += L)
+    for (int64_t f = 0; f < features; f += L) {
+      const bool whole = features - f >= L;
       Vec<T> r[L];
-      load_square(r, src + t * stride + f, stride, tokens - t, features - f);
-      if (with_sums) SK_UNROLL for (int i = 0; i < L; ++i) runs[(L < 4 ? t + i : i) % 4] += r[i];
+      load_square<T>(r, src + t * stride + f, stride, tokens - t, features - f);
+      if (with_sums) {
+        Vec<T> total{};
+        if (t > 0 && whole) total = load_loose(sums + f);
+        if (t > 0 && !whole)
+          for (int64_t i = 0; i < features - f; ++i) total[i] = sums[f + i];
+        SK_UNROLL for (int i = 0; i < L; i += 2) total += r[i] + r[i + 1];
+        if (whole)
+          store_loose(sums + f, total);
+        else
+          for (int64_t i = 0; i < features - f; ++i) sums[f + i] = total[i];
+      }
       transpose<T>(r);
       T* out = panel + f * panel_stride + t;
-      if (features - f >= L) {
+      if (whole) {
         SK_UNROLL for (int i = 0; i < L; ++i) store(out + i * panel_stride, r[i]);
       } else {
         for (int64_t i = 0; i < features - f; ++i) store(out + i * panel_stride, r[i]);
       }
     }
-    if (!with_sums) continue;
-    const Vec<T> total = (runs[0] + runs[1]) + (runs[2] + runs[3]);
-    if (features - f >= L)
-      store_loose(sums + f, total);
-    else
-      for (int64_t i = 0; i < features - f; ++i) sums[f + i] = total[i];
-  }
 }
 
-template <class T>
-void pack(const T* src, int64_t stride, int64_t tokens, int64_t features, T* panel, int64_t panel_stride,
+template <class T, class S>
+void pack(const S* src, int64_t stride, int64_t tokens, int64_t features, T* panel, int64_t panel_stride,
           int64_t cells, T* sums) {
   if (sums != nullptr)
-    return pack_fixed<T, true>(src, stride, tokens, features, panel, panel_stride, cells, sums);
-  pack_fixed<T, false>(src, stride, tokens, features, panel, panel_stride, cells, nullptr);
+    return pack_fixed<T, S, true>(src, stride, tokens, features, panel, panel_stride, cells, sums);
+  pack_fixed<T, S, false>(src, stride, tokens, features, panel, panel_stride, cells, nullptr);
 }
 
 // The inverse: panel -> dst [tokens][stride].
-template <class T>
-void unpack(const T* panel, int64_t panel_stride, int64_t tokens, int64_t features, T* dst, int64_t stride) {
+template <class T, class S>
+void unpack(const T* panel, int64_t panel_stride, int64_t tokens, int64_t features, S* dst, int64_t stride) {
   constexpr int L = kLanes<T>;
   for (int64_t t = 0; t < tokens; t += L)
     for (int64_t f = 0; f < features; f += L) {
@@ -75,7 +78,7 @@ void unpack(const T* panel, int64_t panel_stride, int64_t tokens, int64_t featur
       Vec<T> r[L];
       SK_UNROLL for (int i = 0; i < L; ++i) r[i] = i < features - f ? load(in + i * panel_stride) : Vec<T>{};
       transpose<T>(r);
-      store_square(r, dst + t * stride + f, stride, tokens - t, features - f);
+      store_square<T>(r, dst + t * stride + f, stride, tokens - t, features - f);
     }
 }
 

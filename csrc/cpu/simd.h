@@ -95,6 +95,61 @@ SK_INLINE Vec<T> cross(Vec<T> a, Vec<T> b) {
 #endif
 }
 
+// The lanes of even number of a, then of b; odd: the others.
+template <class T, int first = 0>
+SK_INLINE Vec<T> even(Vec<T> a, Vec<T> b) {
+#if defined(__clang__)
+  Vec<T> r;
+  SK_UNROLL for (int l = 0; l < kLanes<T>; ++l) {
+    const int from = 2 * l + first;
+    r[l] = from < kLanes<T> ? a[from] : b[from - kLanes<T>];
+  }
+  return r;
+#else
+  typename VectorOf<T>::mask m;
+  SK_UNROLL for (int l = 0; l < kLanes<T>; ++l) m[l] = 2 * l + first;
+  return __builtin_shuffle(a, b, m);
+#endif
+}
+template <class T>
+SK_INLINE Vec<T> odd(Vec<T> a, Vec<T> b) {
+  return even<T, 1>(a, b);
+}
+
+// The same of vectors that share a lane: the last of a is the first of b. So no lane behind the last that is
+// wanted needs to be there.
+template <class T>
+SK_INLINE Vec<T> even_of(Vec<T> a, Vec<T> b) {
+  constexpr int L = kLanes<T>;
+#if defined(__clang__)
+  Vec<T> r;
+  SK_UNROLL for (int l = 0; l < L; ++l) r[l] = 2 * l < L ? a[2 * l] : b[2 * l - L + 1];
+  return r;
+#else
+  typename VectorOf<T>::mask m;
+  SK_UNROLL for (int l = 0; l < L; ++l) m[l] = 2 * l < L ? 2 * l : 2 * l + 1;
+  return __builtin_shuffle(a, b, m);
+#endif
+}
+
+// The inverse: the lanes of a and b in turn, first those of their lower halves.
+template <class T, int first = 0>
+SK_INLINE Vec<T> zip_low(Vec<T> a, Vec<T> b) {
+#if defined(__clang__)
+  Vec<T> r;
+  SK_UNROLL for (int l = 0; l < kLanes<T>; ++l) r[l] = l % 2 == 0 ? a[first + l / 2] : b[first + l / 2];
+  return r;
+#else
+  typename VectorOf<T>::mask m;
+  SK_UNROLL for (int l = 0; l < kLanes<T>; ++l) m[l] = first + l / 2 + l % 2 * kLanes<T>;
+  return __builtin_shuffle(a, b, m);
+#endif
+}
+template <class T>
+SK_INLINE Vec<T> zip_high(Vec<T> a, Vec<T> b) {
+  return zip_low<T, kLanes<T> / 2>(a, b);
+}
+
 // One stage of the transpose of a kLanes x kLanes square held in rows, and the stages below it.
 template <class T, int half>
 SK_INLINE void transpose_stages(Vec<T>* r) {
@@ -124,6 +179,51 @@ SK_INLINE void transpose_stages(Vec<T>* r) {
 template <class T>
 SK_INLINE void transpose(Vec<T>* rows) {
   transpose_stages<T, kLanes<T> / 2>(rows);
+}
+
+// The first n numbers at p over and over: 1, or 2 or 8 floats. By hand where it counts: GCC shuffles what it
+// has loaded, though a load can broadcast.
+template <class T, int n>
+SK_INLINE Vec<T> splat_group(const T* p) {
+  if constexpr (n == 1) {
+    return splat(*p);
+  } else if constexpr (n >= kLanes<T>) {
+    return load_loose(p);
+  } else {
+    struct Group {
+      T number[n];
+    };
+    const Group& group = *reinterpret_cast<const Group*>(p);
+    Vec<T> r;
+#if defined(__x86_64__) && SK_VECTOR_BYTES == 64
+    if constexpr (n == 2)
+      asm("vbroadcastsd %1, %0" : "=v"(r) : "m"(group));
+    else
+      asm("vbroadcastf64x4 %1, %0" : "=v"(r) : "m"(group));
+#elif defined(__x86_64__) && SK_VECTOR_BYTES == 32
+    asm("vbroadcastsd %1, %0" : "=x"(r) : "m"(group));
+#else
+    SK_UNROLL for (int l = 0; l < kLanes<T>; ++l) r[l] = group.number[l % n];
+#endif
+    return r;
+  }
+}
+
+// Sums of neighbours: lane l of the result is lanes 2 l and 2 l + 1 of a and then b.
+template <class T>
+SK_INLINE Vec<T> add_neighbours(Vec<T> a, Vec<T> b) {
+#if defined(__clang__)
+  Vec<T> r;
+  SK_UNROLL for (int l = 0; l < kLanes<T>; ++l) {
+    const Vec<T> from = 2 * l < kLanes<T> ? a : b;
+    r[l] = from[2 * l % kLanes<T>] + from[2 * l % kLanes<T> + 1];
+  }
+  return r;
+#else
+  typename VectorOf<T>::mask even, odd;
+  SK_UNROLL for (int l = 0; l < kLanes<T>; ++l) even[l] = 2 * l, odd[l] = 2 * l + 1;
+  return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
+#endif
 }
 
 // kLanes vectors -> one vector whose lane i is the sum over vector i. Halves the number of vectors at
@@ -177,4 +277,66 @@ SK_INLINE void store_halves(T* low, T* high, Vec<T> v) {
   constexpr int H = kLanes<T> / 2;
   SK_UNROLL for (int l = 0; l < H; ++l) low[l] = v[l], high[l] = v[H + l];
 #endif
+}
+
+// Bit l of the result: lane l of a is at least that of b.
+template <class T>
+SK_INLINE unsigned at_least(Vec<T> a, Vec<T> b) {
+#if defined(__x86_64__) && SK_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) {
+    uint16_t lanes;
+    asm("vcmpps $13, %2, %1, %0" : "=Yk"(lanes) : "v"(a), "v"(b));
+    return lanes;
+  } else {
+    uint8_t lanes;
+    asm("vcmppd $13, %2, %1, %0" : "=Yk"(lanes) : "v"(a), "v"(b));
+    return lanes;
+  }
+#else
+  const typename VectorOf<T>::mask m = a >= b;
+  unsigned lanes = 0;
+#if defined(__x86_64__) && SK_VECTOR_BYTES == 32
+  if constexpr (sizeof(T) == 4) {
+    asm("vmovmskps %1, %0" : "=r"(lanes) : "x"(m));
+    return lanes;
+  }
+#elif defined(__x86_64__)
+  if constexpr (sizeof(T) == 4) {
+    asm("movmskps %1, %0" : "=r"(lanes) : "x"(m));
+    return lanes;
+  }
+#endif
+  SK_UNROLL for (int l = 0; l < kLanes<T>; ++l) lanes |= unsigned(m[l] & 1) << l;
+  return lanes;
+#endif
+}
+
+#if defined(__x86_64__) && SK_VECTOR_BYTES == 64
+// The lanes chosen, one after the other; a whole vector is written.
+SK_INLINE void append_vector(Vec<float> v, unsigned lanes, float* to) {
+  const uint16_t mask = uint16_t(lanes);
+  asm("vcompressps %1, %0%{%2%}%{z%}" : "=v"(v) : "v"(v), "Yk"(mask));
+  store_loose(to, v);
+}
+#endif
+
+// Appends the lanes chosen of a vector in memory, and their columns, of which the first lane's is given.
+// A whole vector may be written. Returns how many they are.
+template <class T>
+SK_INLINE int append_lanes(const T* from, int32_t column, unsigned lanes, T* to, int32_t* columns) {
+#if defined(__x86_64__) && SK_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) {
+    VectorOf<float>::mask each;
+    SK_UNROLL for (int l = 0; l < 16; ++l) each[l] = l;
+    append_vector(load_loose(from), lanes, to);
+    append_vector((Vec<float>)(each + column), lanes, reinterpret_cast<float*>(columns));
+    return __builtin_popcount(lanes);
+  }
+#endif
+  int count = 0;
+  for (; lanes != 0; lanes &= lanes - 1, ++count) {
+    const int lane = __builtin_ctz(lanes);
+    to[count] = from[lane], columns[count] = column + lane;
+  }
+  return count;
 }

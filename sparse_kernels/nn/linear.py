@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -98,7 +100,12 @@ class SparseLinear(SparseLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[*, in_features]` -> `[*, out_features]`."""
-        return _linear(x, self.values, self.topology, self.bias, self._ticket)
+        # Asked of `_parameters`, where they usually are: an attribute of a module costs 0.6 us more.
+        own: Any = self._parameters
+        values = own["values"] if "values" in own else self.values  # noqa: SIM401
+        bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401
+        ticket = None if self.growth is None else self.growth.ticket
+        return _linear(x, values, self.topology, bias, ticket)
 
     def extra_repr(self) -> str:
         """What `print(layer)` shows."""

@@ -16,7 +16,7 @@ from sparse_kernels import testing
 def big_cases():
     """Work enough that every product is shared out among four threads."""
     generator = torch.Generator().manual_seed(0)
-    for block in ((1, 1), (4, 4), (16, 8)):
+    for block in ((1, 1), (4, 4), (8, 8), (16, 16), (16, 8)):
         topology = testing.random_topology((768, 640), "skew", 0.2, block, generator=generator)
         shape = (topology.nnz,) if block == (1, 1) else (topology.n_blocks, *block)
         x, dy = torch.randn(150, 640, generator=generator), torch.randn(150, 768, generator=generator)

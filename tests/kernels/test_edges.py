@@ -58,7 +58,7 @@ def test_linear_across_tiles_and_blocks(shape, dtype):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "dense", "auto"])
-@pytest.mark.parametrize("block", [(1, 1), (2, 3), (4, 4)], ids=str)
+@pytest.mark.parametrize("block", [(1, 1), (2, 3), (4, 4), (8, 8), (16, 16)], ids=str)
 def test_linear_edges(block, backend):
     generator = torch.Generator().manual_seed(0)
     for (rows, cols), pattern in itertools.product(GRIDS, testing.PATTERNS):

@@ -57,6 +57,7 @@ def test_nothing_outside_the_buffers_is_read_or_written(kind):
 def test_the_poison_and_the_canaries_work():
     with testing.poisoned_memory():
         assert bool(torch.empty(1000).isnan().all())
+        assert bool(_ops.poison_outputs(True).isnan().all())
         inner, intact = testing.guarded(torch.zeros(3, 5))
         assert intact()
         outside = inner.as_strided((1,), (1,), inner.storage_offset() - 1)

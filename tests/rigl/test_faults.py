@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rigl
-import sparse_kernels.nn._layer
 from rigl import optimizer_state
 from sparse_kernels import SparseLinear, Topology
 
@@ -142,13 +142,13 @@ class Failpoints:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count, self.at = 0, -1
         for owner, name in (
-            (Topology, "update_"),
-            (sparse_kernels.nn._layer, "reorder_"),
-            (optimizer_state, "reorder_"),
-            (rigl.updater, "smallest"),
-            (rigl.updater, "rewire"),
-            (rigl.methods, "largest"),
-            (torch.Tensor, "clone"),
+            (Topology, "updated"),
+            (optimizer_state, "reordered"),
+            (optimizer_state, "state_tensors"),
+            (rigl.updater, "signed"),
+            (rigl.updater, "finite"),
+            (rigl.updater, "weakest"),
+            (rigl.methods, "exchange"),
         ):
             monkeypatch.setattr(owner, name, self.wrap(getattr(owner, name)))
 
@@ -203,3 +203,40 @@ def test_an_error_anywhere_leaves_the_old_state(name: str, monkeypatch: pytest.M
     assert updater.updates == 1  # the attempt without a failure went through
     for i in (0, 2):
         model[i].topology.validate()
+
+
+@pytest.mark.parametrize("at", range(6))
+def test_an_interrupt_among_the_writes_leaves_the_new_state(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    models, states = [], []
+    for interrupted in (False, True):
+        torch.manual_seed(0)
+        model = tiny()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        updater = rigl.RigL(model, optimizer, begin=1, t_end=20, delta_t=5, alpha=0.6, grad_accumulation=1)
+        backward(model, 0)
+        optimizer.step()
+        optimizer.zero_grad()
+        backward(model, 1)
+        if interrupted:
+            copy, calls = torch.Tensor.copy_, iter(range(10**6))
+
+            def once(
+                to: torch.Tensor, other: torch.Tensor, copy: Any = copy, calls: Any = calls
+            ) -> torch.Tensor:
+                if next(calls) == at:
+                    raise KeyboardInterrupt
+                return copy(to, other)
+
+            monkeypatch.setattr(torch.Tensor, "copy_", once)
+            with pytest.raises(KeyboardInterrupt):
+                optimizer.step()
+            monkeypatch.undo()
+        else:
+            optimizer.step()
+        assert updater.updates == 1
+        for i in (0, 2):
+            model[i].topology.validate()
+        models.append(model)
+        states.append(everything(model, optimizer))
+    assert all(map(torch.equal, *states))
+    assert all(map(torch.equal, masks(models[0]), masks(models[1])))

@@ -8,7 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rigl.selection import largest, magnitudes, random_outside, rewire, smallest
+from rigl.selection import exchange, finite, magnitudes, random_outside, rewire, smallest, weakest
+from sparse_kernels import Topology
+from sparse_kernels.growth import Growth
 
 
 def tied_scores(rng: random.Random) -> list[float]:
@@ -31,12 +33,61 @@ def test_ties_go_by_position_1000_tensors() -> None:
         tensor = torch.tensor(scores, dtype=torch.float64 if case % 2 else torch.float32)
         dropped = sorted(sorted(range(n), key=lambda i: (scores[i], i))[:k])
         assert smallest(tensor, k).tolist() == dropped
-        positions = rng.sample(range(10 * n), n)  # any order
-        ranked = sorted(range(n), key=lambda i: (-scores[i], positions[i]))
-        grown = {positions[i] for i in ranked[:k]}
-        found = largest(tensor, torch.tensor(positions), k).tolist()
-        assert len(found) == k
-        assert set(found) == grown
+        topology = Topology(torch.tensor(rng.sample(range(3 * n), n)), (3, n))
+        places, positions = weakest(topology, tensor, k)
+        assert places.tolist() == dropped
+        assert torch.equal(positions, topology.positions()[places])
+
+
+def test_what_is_dropped_and_grown_is_the_best_of_both_1000_tensors() -> None:
+    rng = random.Random(1)
+    for case in range(1000):
+        scores = tied_scores(rng)
+        n = len(scores)
+        positions = sorted(rng.sample(range(3 * n), n))
+        k = rng.randint(0, n // 2)
+        old = sorted(rng.sample(range(n), k))
+        new = [i for i in range(n) if i not in old]
+        dtype = torch.float64 if case % 2 else torch.float32
+        magnitude = torch.tensor(scores, dtype=dtype).abs()
+        best = sorted(range(n), key=lambda i: (-scores[i], positions[i]))[:k]
+        growth = Growth(
+            magnitude,
+            torch.tensor([positions[i] for i in new], dtype=torch.int64),
+            magnitude[new],
+            finite=True,
+        )
+        drop, grow = exchange(torch.tensor(old, dtype=torch.int64), torch.tensor(positions)[old], growth)
+        assert drop.tolist() == [i for i in old if i not in best]
+        assert grow.tolist() == [positions[i] for i in new if i in best]
+
+
+def test_weakest_of_many_in_any_slots() -> None:
+    """Sizes at which most scores share a few bins of the histogram, and values that stand anywhere."""
+    generator = torch.Generator().manual_seed(0)
+    for block in (1, 2):
+        topology = Topology.random((128, 256), 0.5, block, generator=generator)
+        if topology.slot is not None:
+            topology.load_arrays_(
+                topology.row_ptr, topology.col_idx, torch.randperm(topology.n_blocks, generator=generator)
+            )
+        scores = torch.randint(-3, 4, (topology.n_blocks,), generator=generator) * 1e-3
+        k = topology.n_blocks // 3
+        places, positions = weakest(topology, scores, k)
+        all_positions = topology.positions()
+        order = sorted(range(topology.n_blocks), key=lambda i: (abs(scores[i]), all_positions[i]))[:k]
+        assert positions.tolist() == sorted(all_positions[order].tolist())
+        assert torch.equal(all_positions[places], positions)
+
+
+def test_finite_sees_every_entry() -> None:
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        for bad in (float("nan"), float("-nan"), float("inf"), -float("inf")):
+            tensor = torch.zeros(37, dtype=dtype)
+            assert finite(tensor)
+            for i in range(37):
+                tensor.fill_(torch.finfo(dtype).max)[i] = bad
+                assert not finite(tensor)
 
 
 def test_smallest_clips_k() -> None:

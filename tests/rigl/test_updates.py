@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rigl
-from rigl.optimizer_state import Plan, apply_plans
+from rigl.optimizer_state import HostUpdate, Plan
 from sparse_kernels import SparseConv2d, SparseLinear
 from sparse_kernels.nn import SparseLayer
 
@@ -329,7 +329,7 @@ class Updates(RuleBasedStateMachine):
             torch.randperm(len(inactive), generator=self.generator)[:k]
         ]
         before = self.snapshot()
-        apply_plans([Plan("layer", self.layer, drop, grow)], self.optimizer)
+        HostUpdate([Plan("layer", self.layer, drop, grow)], self.optimizer).apply()
         self.compare(before)
 
     @invariant()

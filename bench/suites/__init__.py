@@ -1,0 +1,1 @@
+"""The CPU benchmark by pytest-benchmark: `make bench`, or `pytest bench/suites -k "linear and csr"`."""
