@@ -84,7 +84,6 @@ struct Kernels {
                int64_t cells, T* sums);
   void (*unpack)(const T* panel, int64_t panel_stride, int64_t tokens, int64_t features, T* dst,
                  int64_t stride);
-  void (*column_sums)(const T* src, int64_t stride, int64_t tokens, int64_t features, T* out);
   void (*fill)(T* panel, int64_t features, int64_t lanes, const T* bias);
   void (*csr_spmm)(int64_t cells, bool chained, const char* x, const RowLength* segments, int64_t n_segments,
                    const uint16_t* near, const T* val, bool first, const T* bias, T* y);

@@ -25,13 +25,15 @@ constexpr const Screen* kScreen = nullptr;
 
 template <class T>
 constexpr Kernels<T> all() {
-  return {&pack<T, T>,         &unpack<T, T>,       &column_sums<T>,       &fill<T>,
-          &csr_spmm<T>,        &csr_sddmm<T>,       &csr_backward<T>,      &conv_spmm<T>,
-          &conv_sddmm<T>,      &conv_backward<T>,   &conv_rows<T>,         &conv_copy<T>,
-          &conv_load<T>,       &conv_store<T>,      &conv_pack_pixels<T>,  &conv_unpack_pixels<T>,
-          &conv_sums<T>,       &bsr_spmm<T>,        &bsr_sddmm<T>,         &strip_pack<T>,
-          &strip_transpose<T>, &pair_interleave<T>, &strip_spmm<T>,        &strip_backward<T>,
-          &pair_sddmm<T>,      &all_finite<T>,      &growth_magnitudes<T>, &growth_offer<T>};
+  return {&pack<T, T>,    &unpack<T, T>,         &fill<T>,
+          &csr_spmm<T>,   &csr_sddmm<T>,         &csr_backward<T>,
+          &conv_spmm<T>,  &conv_sddmm<T>,        &conv_backward<T>,
+          &conv_rows<T>,  &conv_copy<T>,         &conv_load<T>,
+          &conv_store<T>, &conv_pack_pixels<T>,  &conv_unpack_pixels<T>,
+          &conv_sums<T>,  &bsr_spmm<T>,          &bsr_sddmm<T>,
+          &strip_pack<T>, &strip_transpose<T>,   &pair_interleave<T>,
+          &strip_spmm<T>, &strip_backward<T>,    &pair_sddmm<T>,
+          &all_finite<T>, &growth_magnitudes<T>, &growth_offer<T>};
 }
 
 template <class T, class S>

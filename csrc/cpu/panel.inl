@@ -82,26 +82,6 @@ void unpack(const T* panel, int64_t panel_stride, int64_t tokens, int64_t featur
     }
 }
 
-// out[f] += sum over tokens of src[t][f].
-template <class T>
-void column_sums(const T* src, int64_t stride, int64_t tokens, int64_t features, T* out) {
-  constexpr int L = kLanes<T>;
-  for (int64_t f = 0; f < features; f += L) {
-    const int64_t width = features - f < L ? features - f : L;
-    if (width == L) {
-      Vec<T> sums[4] = {};
-      int64_t t = 0;
-      for (; t + 4 <= tokens; t += 4)
-        SK_UNROLL for (int i = 0; i < 4; ++i) sums[i] += load_loose(src + (t + i) * stride + f);
-      for (; t < tokens; ++t) sums[0] += load_loose(src + t * stride + f);
-      store_loose(out + f, load_loose(out + f) + ((sums[0] + sums[1]) + (sums[2] + sums[3])));
-    } else {
-      for (int64_t t = 0; t < tokens; ++t)
-        for (int64_t i = 0; i < width; ++i) out[f + i] += src[t * stride + f + i];
-    }
-  }
-}
-
 // panel [features][lanes]: every lane of feature f is bias[f] (0 without a bias).
 template <class T>
 void fill(T* panel, int64_t features, int64_t lanes, const T* bias) {
